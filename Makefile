@@ -1,0 +1,64 @@
+# make demo: the whole road on this machine.  make test: all tests.  make check: style, types, architecture.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Without compiled bytecode every Ray worker would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo down test test-unit test-integration check format install bench lock wheel clean
+
+demo: install
+	@$(BIN)/headway demo
+
+down:
+	@if [ -x $(BIN)/headway ]; then $(BIN)/headway down; fi
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/local.txt pyproject.toml
+	@command -v c++ >/dev/null || { echo "make: no C++ compiler, which DeepSpeed's CPU communication needs. Install one: apt-get install g++" >&2; exit 4; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) cannot make a virtual environment. Install python3-venv (Python 3.11 or newer)" >&2; exit 4; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; name one: make PYTHON=python3.12 …" >&2; exit 4; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements/local.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --no-deps -e .
+	$(BIN)/python -m workloads.build_ops
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-unit: install
+	$(BIN)/python -m pytest tests/unit
+
+test-integration: install
+	$(BIN)/python -m pytest tests/integration
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# make bench NAME=train_overhead
+bench: install
+	@test -n "$(NAME)" || { echo "make: name a benchmark: make bench NAME=train_overhead" >&2; exit 2; }
+	@$(BIN)/python -m tests.bench.$(NAME)
+
+# A plain requirements file without addresses, so that it installs from any index.
+lock:
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
+		--extra local --extra dev pyproject.toml -o requirements/local.txt
+
+wheel: install
+	$(BIN)/uv build --quiet --wheel --out-dir dist .
+
+clean: down
+	rm -rf $(VENV) .headway dist build

@@ -1,0 +1,279 @@
+"""The command line: parse, call, print, exit. What a command does is in ``orchestrator/commands/``.
+
+Heavy imports happen inside the commands, so that ``headway --help`` answers at once and none of ray, torch,
+deepspeed or transformers is needed to plan, submit, list or show.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator import __version__
+from orchestrator.errors import EnvironmentUnusable, HeadwayError, Interrupted, UsageError
+from orchestrator.pinning import pin
+from orchestrator.reporter import Reporter
+
+app = typer.Typer(
+    name="headway",
+    help="From one run file to a served model: ZeRO training on Ray, safe checkpoints, gated releases.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")]
+StoreUri = Annotated[str | None, typer.Option("--store", help="s3://bucket/prefix; default $HEADWAY_STORE.")]
+TargetName = Annotated[str, typer.Option("--target", help="local, or http://… of a Ray cluster's dashboard.")]
+RunFile = Annotated[Path, typer.Argument(help="The run file.", show_default=False)]
+RunId = Annotated[str, typer.Argument(help="A run's id, or its name for the newest of that name.", show_default=False)]
+Directory = Annotated[Path | None, typer.Option("--directory", help="The embedded stack's folder; default .headway.")]
+
+
+def main() -> None:
+    """Entry point of ``headway``."""
+    pin()
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code. A person's mistake is one message, never a traceback."""
+    reporter = Reporter(json_mode="--json" in arguments)
+    try:
+        app(arguments, standalone_mode=False)
+    except typer.Exit as e:
+        return e.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return reporter.error(Interrupted("Interrupted."))
+    except HeadwayError as e:
+        return reporter.error(e)
+    except Exception as e:
+        if type(e).__module__.startswith("click.") and hasattr(e, "format_message"):
+            return reporter.error(UsageError(e.format_message(), next_step="See: headway --help"))
+        raise
+    return 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    directory: Directory = None,
+    dashboard_port: Annotated[int | None, typer.Option(help="Ray's dashboard and Jobs API.")] = None,
+    serve_port: Annotated[int | None, typer.Option(help="The served model.")] = None,
+    s3_port: Annotated[int | None, typer.Option(help="The embedded S3 server.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a small model on this machine and serve it: the whole road, nothing mocked."""
+    from orchestrator.commands.demo import demo as command
+    from orchestrator.commands.stack import options
+
+    ports = options(dashboard_port=dashboard_port, serve_port=serve_port, s3_port=s3_port)
+    Reporter(json_mode=json).result(*command(directory, ports, Reporter(json_mode=json)))
+
+
+@app.command()
+def up(
+    directory: Directory = None,
+    dashboard_port: Annotated[int | None, typer.Option(help="Ray's dashboard and Jobs API (8265).")] = None,
+    serve_port: Annotated[int | None, typer.Option(help="Served models (8000).")] = None,
+    s3_port: Annotated[int | None, typer.Option(help="The embedded S3 server (8333).")] = None,
+    ray_port: Annotated[int | None, typer.Option(help="Ray's own address (6379).")] = None,
+    json: Json = False,
+) -> None:
+    """Start the embedded stack: a Ray head with its dashboard, and an S3 server."""
+    from orchestrator.commands import stack
+
+    ports = stack.options(dashboard_port=dashboard_port, serve_port=serve_port, s3_port=s3_port, ray_port=ray_port)
+    reporter = Reporter(json_mode=json)
+    reporter.result(*stack.up(directory, ports, reporter))
+
+
+@app.command()
+def down(
+    directory: Directory = None,
+    data: Annotated[bool, typer.Option("--data", help="Remove the data as well.")] = False,
+    json: Json = False,
+) -> None:
+    """Stop the embedded stack and everything that runs on it. Data stays unless --data is given."""
+    from orchestrator.commands import stack
+
+    reporter = Reporter(json_mode=json)
+    reporter.result(*stack.down(directory, reporter, remove_data=data))
+
+
+@app.command()
+def doctor(store: StoreUri = None, target: TargetName = "local", json: Json = False) -> None:
+    """Check compiler, versions, ports, disk, store and Ray, and say what to do."""
+    from orchestrator.commands.doctor import report
+
+    facts, text = report(store, target)
+    Reporter(json_mode=json).result(facts, text)
+    if facts["failed"]:
+        raise typer.Exit(EnvironmentUnusable.exit_code)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"), json: Json = False
+) -> None:
+    """Write a commented starter run file."""
+    from orchestrator.commands.files import init as command
+
+    Reporter(json_mode=json).result(*command(path))
+
+
+@app.command()
+def schema() -> None:
+    """Print the run file's JSON Schema."""
+    from orchestrator.commands.files import schema as command
+
+    Reporter(json_mode=True).result(*command())
+
+
+@app.command()
+def plan(
+    run_file: RunFile,
+    target: TargetName = "local",
+    store: StoreUri = None,
+    manifests: Annotated[bool, typer.Option("--manifests", help="Print exactly what submit would send.")] = False,
+    json: Json = False,
+) -> None:
+    """Say what a run will do: workers, batch split, steps, memory per worker."""
+    from orchestrator.commands.plan import plan as command
+
+    reporter = Reporter(json_mode=json or manifests)
+    reporter.result(*command(run_file, target=target, store_uri=store, manifests=manifests))
+
+
+@app.command("run")
+def run_here(run_file: RunFile, store: StoreUri = None, json: Json = False) -> None:
+    """Execute a run inside a Ray job; what submit and `ray job submit … -- headway run FILE` start."""
+    from orchestrator.commands.run import run as command
+
+    reporter = Reporter(json_mode=json)
+    reporter.result(*command(run_file, store, reporter))
+
+
+@app.command()
+def submit(
+    run_file: RunFile,
+    target: TargetName = "local",
+    store: StoreUri = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is submitted.")] = False,
+    timeout_s: Annotated[float | None, typer.Option("--timeout", help="Stop waiting after so many seconds.")] = None,
+    json: Json = False,
+) -> None:
+    """Send a run to a Ray cluster and watch it. A run in flight is attached to, a finished one is told."""
+    from orchestrator.commands.submit import submit as command
+
+    reporter = Reporter(json_mode=json)
+    reporter.result(
+        *command(run_file, target=target, store_uri=store, detach=detach, timeout_s=timeout_s, reporter=reporter)
+    )
+
+
+@app.command()
+def status(run_id: RunId, target: TargetName = "local", store: StoreUri = None, json: Json = False) -> None:
+    """Where a run stands: outcome, attempt, stage, step, checkpoints."""
+    from orchestrator.commands.show import status as command
+
+    Reporter(json_mode=json).result(*command(run_id, target=target, store_uri=store))
+
+
+@app.command()
+def logs(
+    run_id: RunId,
+    target: TargetName = "local",
+    store: StoreUri = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    json: Json = False,
+) -> None:
+    """Print the log of a run's newest attempt."""
+    from orchestrator.commands.logs import logs as command
+
+    reporter = Reporter(json_mode=json)
+    reporter.result(*command(run_id, target=target, store_uri=store, follow=follow, reporter=reporter))
+
+
+@app.command()
+def stop(
+    run_id: RunId,
+    target: TargetName = "local",
+    store: StoreUri = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for it to save and end.")] = 120.0,
+    json: Json = False,
+) -> None:
+    """Ask a run to save and end. Submitting the same run file goes on from there."""
+    from orchestrator.commands.logs import stop as command
+
+    reporter = Reporter(json_mode=json)
+    reporter.result(*command(run_id, target=target, store_uri=store, timeout_s=timeout_s, reporter=reporter))
+
+
+@app.command("list")
+def list_things(
+    what: Annotated[str, typer.Argument(help="runs, models, datasets, or checkpoints.")] = "runs",
+    run_id: Annotated[str | None, typer.Argument(help="The run, for checkpoints.")] = None,
+    store: StoreUri = None,
+    json: Json = False,
+) -> None:
+    """List what is in the store."""
+    from orchestrator.commands.show import list_things as command
+
+    Reporter(json_mode=json).result(*command(what, run_id, store_uri=store))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A run, MODEL, or MODEL@VERSION.", show_default=False)],
+    store: StoreUri = None,
+    json: Json = False,
+) -> None:
+    """Show one thing and where it came from."""
+    from orchestrator.commands.show import show as command
+
+    Reporter(json_mode=json).result(*command(name, store_uri=store))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="The model's name.", show_default=False)],
+    channel: Annotated[str, typer.Option(help="The channel to follow.")] = "production",
+    target: TargetName = "local",
+    store: StoreUri = None,
+    replicas: Annotated[int, typer.Option(help="Copies of the model.", min=1)] = 1,
+    route_prefix: Annotated[str, typer.Option(help="Where its API lies on the endpoint.")] = "/",
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait until it answers.")] = 300.0,
+    json: Json = False,
+) -> None:
+    """Serve a model's channel through Ray Serve, and wait until it answers."""
+    from orchestrator.commands.serve import serve as command
+
+    reporter = Reporter(json_mode=json)
+    result = command(
+        model,
+        channel=channel,
+        target=target,
+        store_uri=store,
+        replicas=replicas,
+        route_prefix=route_prefix,
+        timeout_s=timeout_s,
+        reporter=reporter,
+    )
+    reporter.result(*result)

@@ -1,0 +1,66 @@
+"""``headway logs`` and ``headway stop``."""
+
+from __future__ import annotations
+
+import time
+
+from orchestrator.commands.context import find_store, find_target
+from orchestrator.commands.show import resolve_run
+from orchestrator.commands.submit import in_flight
+from orchestrator.errors import HeadwayError, TimedOut, UsageError
+from orchestrator.release.outcome import read_outcome
+from orchestrator.reporter import Reporter, Result
+from orchestrator.store import Store
+from orchestrator.store.attempts import attempt_end, newest_attempt, read_attempt, request_stop
+from orchestrator.targets.base import Target
+
+_POLL_S = 0.5
+
+
+def logs(run_id: str, *, target: str, store_uri: str | None, follow: bool, reporter: Reporter) -> Result:
+    store, cluster = find_store(store_uri), find_target(target)
+    run_id = resolve_run(store, run_id)
+    number = newest_attempt(store, run_id)
+    if number == 0:
+        raise UsageError(f"{run_id} has no attempt yet.", next_step=f"See: headway status {run_id}")
+    job = str(read_attempt(store, run_id, number)["job"])
+    if not follow or reporter.json_mode:
+        text = cluster.logs(job)
+        return {"run_id": run_id, "attempt": number, "job": job, "log": text}, text
+    for piece in cluster.follow(job):
+        reporter.stream(piece)
+    return {"run_id": run_id, "attempt": number, "job": job}, ""
+
+
+def stop(run_id: str, *, target: str, store_uri: str | None, timeout_s: float, reporter: Reporter) -> Result:
+    store, cluster = find_store(store_uri), find_target(target)
+    run_id = resolve_run(store, run_id)
+    return stop_run(run_id, store, cluster, timeout_s=timeout_s, reporter=reporter)
+
+
+def stop_run(run_id: str, store: Store, cluster: Target, *, timeout_s: float, reporter: Reporter) -> Result:
+    """Ask the run's newest attempt to save and end, and wait for it; past the time, end its job."""
+    outcome = read_outcome(store, run_id)
+    if outcome is not None:
+        return {"run_id": run_id, "state": outcome.state}, f"{run_id} is {outcome.state}; there is nothing to stop."
+    job = in_flight(store, cluster, run_id)
+    if job is None:
+        return {"run_id": run_id, "state": "idle"}, f"{run_id} is not running."
+    number = newest_attempt(store, run_id)
+    request_stop(store, run_id, number, reason="headway stop")
+    reporter.say(f"{run_id} is asked to save and end …")
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        status = cluster.find(job)
+        if status is None or status.state.ended:
+            end = attempt_end(store, run_id, number) or {"reason": "its job ended"}
+            return {"run_id": run_id, "state": "stopped", **end}, f"{run_id} stopped. {end['reason']}"
+        time.sleep(_POLL_S)
+    try:
+        cluster.stop(job)
+    except HeadwayError as e:
+        reporter.say(f"Its job could not be ended: {e}")
+    raise TimedOut(
+        f"{run_id} did not end within {timeout_s:.0f} s; its job is being ended now.",
+        next_step="Submitting it again goes on from the last checkpoint.",
+    )

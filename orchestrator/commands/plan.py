@@ -1,0 +1,82 @@
+"""``headway plan``: what a run will do on a target, and what ``submit`` would send."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from orchestrator.commands.context import find_stack, find_store, find_target
+from orchestrator.commands.request import build_request
+from orchestrator.errors import HeadwayError
+from orchestrator.plan import Capacity
+from orchestrator.plan import plan as make_plan
+from orchestrator.reporter import Result
+from orchestrator.sizing import AUTO_CLASSES, Sizing, count_parameters
+from orchestrator.spec import RunSpec, load
+from orchestrator.store.s3 import STORE_VARIABLE
+from orchestrator.targets.ray_head import default_num_cpus
+
+_WITHOUT_BF16 = ("V100", "P100", "P4", "T4", "K80")
+
+
+def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool) -> Result:
+    spec = load(run_file)
+    if manifests:
+        request = build_request(spec, run_file, find_store(store_uri), find_target(target), directory=Path.cwd())
+        return request.request.model_dump(mode="json"), ""
+    sizing = _size(spec)
+    planned = make_plan(
+        train=spec.train,
+        resources=spec.resources,
+        sequence_length=spec.data.sequence_length,
+        capacity=capacity_of(target),
+        size=sizing.size,
+        size_note=sizing.reason,
+    )
+    identity = _run_id(spec, run_file, target, store_uri)
+    facts = {"run_id": identity.get("run_id"), "target": target, **planned.to_json()}
+    return facts, _table([("run", identity.get("run_id") or identity["note"]), *planned.lines()])
+
+
+def capacity_of(target: str) -> Capacity:
+    """What the target has. The local one is this machine, whether or not its stack runs."""
+    if target == "local":
+        return Capacity(num_cpus=default_num_cpus(), host_memory_bytes=_memory_bytes())
+    found = find_target(target).capacity()
+    return Capacity(
+        num_cpus=found.num_cpus,
+        num_gpus=found.num_gpus,
+        host_memory_bytes=found.memory_bytes,
+        native_bf16=found.gpu_kind is not None and not found.gpu_kind.startswith(_WITHOUT_BF16),
+    )
+
+
+def _size(spec: RunSpec) -> Sizing:
+    auto_class = AUTO_CLASSES.get(spec.task)
+    if auto_class is None:
+        return Sizing(size=None, reason=f"task {spec.task} is your own code, which plan does not run")
+    return count_parameters(spec.model.architecture, vocab_size=spec.data.vocab_size, auto_class=auto_class)
+
+
+def _run_id(spec: RunSpec, run_file: Path, target: str, store_uri: str | None) -> dict[str, str]:
+    """The run's id where a store can tell it, else why not."""
+    if not store_uri and not os.environ.get(STORE_VARIABLE) and find_stack() is None:
+        return {"note": "its id follows from the data; no store is set (--store, HEADWAY_STORE, or headway up)"}
+    from orchestrator.runs import identify
+
+    try:
+        return {"run_id": identify(spec, find_store(store_uri), Path.cwd()).run_id}
+    except HeadwayError as e:
+        return {"note": f"its id follows from the data, which cannot be listed: {e.message}"}
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

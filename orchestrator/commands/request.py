@@ -1,0 +1,59 @@
+"""The one object that ``plan --manifests`` prints and ``submit`` sends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import __version__
+from orchestrator.errors import SpecError
+from orchestrator.package import Package, package
+from orchestrator.render import JobRequest, job_request, submission_id
+from orchestrator.runs import RunIdentity, identify
+from orchestrator.spec import RunSpec
+from orchestrator.store import Store
+from orchestrator.store.attempts import newest_attempt
+from orchestrator.targets.base import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    identity: RunIdentity
+    request: JobRequest
+    package: Package
+
+
+def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target, *, directory: Path) -> Prepared:
+    """What would be sent now: the job, and the working directory ``directory``, which must hold the run file.
+
+    Raises:
+        SpecError: the run file lies outside the working directory. Besides, all that identifying the run raises.
+    """
+    try:
+        relative = run_file.resolve().relative_to(directory.resolve())
+    except ValueError as e:
+        raise SpecError(
+            f"The run file {run_file} lies outside the working directory {directory}, which is what is sent.",
+            next_step="Change to a directory that holds it.",
+        ) from e
+    identity = identify(spec, store, directory)
+    packed = package(directory)
+    attempt = newest_attempt(store, identity.run_id) + 1
+    request = job_request(
+        run_id=identity.run_id,
+        attempt=attempt,
+        run_file=str(relative),
+        version=__version__,
+        package_digest=packed.digest,
+        env_vars={"HEADWAY_STORE": store.uri},
+        repeat=_free_repeat(target, identity.run_id, attempt),
+    )
+    return Prepared(identity=identity, request=request, package=packed)
+
+
+def _free_repeat(target: Target, run_id: str, attempt: int) -> int:
+    """The first submission id of this attempt number that no ended job has: Ray takes each id once."""
+    repeat = 0
+    while (found := target.find(submission_id(run_id, attempt, repeat=repeat))) is not None and found.state.ended:
+        repeat += 1
+    return repeat

@@ -1,0 +1,86 @@
+"""``headway serve``: a model's channel on Ray Serve."""
+
+from __future__ import annotations
+
+from orchestrator.commands.context import find_store, find_target, require_stack
+from orchestrator.errors import TargetError, UsageError
+from orchestrator.release import channels
+from orchestrator.reporter import Reporter, Result
+from orchestrator.store import Store
+from orchestrator.targets.serve_api import ServeApi
+
+_IMPORT_PATH = "workloads.serve.app:build"
+
+
+def serve(
+    model: str,
+    *,
+    channel: str,
+    target: str,
+    store_uri: str | None,
+    replicas: int,
+    route_prefix: str,
+    timeout_s: float,
+    reporter: Reporter,
+) -> Result:
+    store = find_store(store_uri)
+    cluster = find_target(target)
+    host, port = "127.0.0.1", 8000
+    if target == "local":
+        host, port = require_stack().serve_url.removeprefix("http://").split(":")[0], require_stack().ray_ports.serve
+    endpoint = deploy(
+        ServeApi(cluster.url),
+        store,
+        model=model,
+        channel=channel,
+        replicas=replicas,
+        route_prefix=route_prefix,
+        host=host,
+        port=port,
+        timeout_s=timeout_s,
+        reporter=reporter,
+    )
+    return {"model": model, "channel": channel, "endpoint": endpoint}, f"{model} answers at {endpoint}/v1"
+
+
+def deploy(
+    api: ServeApi,
+    store: Store,
+    *,
+    model: str,
+    channel: str,
+    replicas: int,
+    route_prefix: str,
+    host: str,
+    port: int,
+    timeout_s: float,
+    reporter: Reporter,
+) -> str:
+    """Deploy the application of one model beside what is served already. Returns its endpoint.
+
+    Raises:
+        UsageError: nothing was released to the channel. TargetError, TimedOut: it does not come up.
+    """
+    entry = channels.newest(store, model, channel)
+    if entry is None:
+        raise UsageError(
+            f"Nothing was released to {model}'s channel {channel} yet.",
+            next_step="See what there is: headway list models",
+        )
+    name = f"headway-{model}"
+    application = {
+        "name": name,
+        "route_prefix": route_prefix,
+        "import_path": _IMPORT_PATH,
+        "args": {"model": model, "channel": channel, "store": store.uri, "num_replicas": replicas},
+    }
+    endpoint = f"http://{host}:{port}{route_prefix.rstrip('/')}"
+    reporter.say(f"Serving {model}@{entry.version} at {endpoint} …")
+    try:
+        api.deploy(application, host=host, port=port)
+    except TargetError as e:
+        raise TargetError(
+            e.message, next_step=f"Is the route {route_prefix} taken? Choose one with --route-prefix."
+        ) from e
+    api.wait_until_answering(name, f"{endpoint}/v1/models", timeout_s=timeout_s)
+    return endpoint

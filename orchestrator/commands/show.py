@@ -1,0 +1,241 @@
+"""``headway list``, ``show`` and ``status``: what is in the store. Needs neither ray nor torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from orchestrator.checkpoint.catalog import committed_steps, read_manifest
+from orchestrator.commands.context import find_store, find_target
+from orchestrator.dataset.format import read_manifest as read_dataset
+from orchestrator.errors import HeadwayError, NotFound, UsageError
+from orchestrator.record import EventReader
+from orchestrator.release import channels
+from orchestrator.release.outcome import read_outcome
+from orchestrator.release.versions import list_versions, read_version
+from orchestrator.reporter import Result
+from orchestrator.store import Store, layout
+from orchestrator.store.attempts import attempt_end, newest_attempt, read_attempt
+
+Rows = list[dict[str, Any]]
+_EARLIEST_S = 1e9  # a figure above this is a time in seconds since 1970
+
+
+def list_things(what: str, run_id: str | None, *, store_uri: str | None) -> Result:
+    known: dict[str, Callable[[Store], Rows]] = {
+        "runs": _runs,
+        "models": _models,
+        "datasets": _datasets,
+        "checkpoints": lambda store: _checkpoints(store, resolve_run(store, run_id or "")),
+    }
+    if what not in known:
+        raise UsageError(f"There is no list of {what!r}.", next_step=f"Choose one of {', '.join(known)}.")
+    if what == "checkpoints" and not run_id:
+        raise UsageError("headway list checkpoints needs a run.", next_step="See: headway list runs")
+    rows = known[what](find_store(store_uri))
+    return {what: rows}, _table(rows) if rows else f"There are no {what} yet."
+
+
+def show(name: str, *, store_uri: str | None) -> Result:
+    store = find_store(store_uri)
+    model, _, number = name.partition("@")
+    if number:
+        if not number.isdigit():
+            raise UsageError(f"{name!r} is not MODEL@NUMBER.", next_step=f"See: headway show {model}")
+        try:
+            facts = read_version(store, model, int(number)).model_dump(mode="json")
+        except NotFound as e:
+            raise UsageError(f"There is no version {name}.", next_step=f"See: headway show {model}") from e
+        return facts, _lines(facts)
+    if any(True for _ in store.list(layout.versions(model))):
+        facts = _model(store, model)
+        return facts, _lines(facts)
+    return status(name, target="", store_uri=store_uri)
+
+
+def status(run_id: str, *, target: str, store_uri: str | None) -> Result:
+    """Where a run stands. The target is asked only where one is given and the run has no outcome."""
+    store = find_store(store_uri)
+    run_id = resolve_run(store, run_id)
+    facts: dict[str, Any] = {"run_id": run_id, **_state(store, run_id)}
+    events = EventReader(store, run_id).poll()
+    steps = [event for event in events if event["kind"] == "step"]
+    stages = [event["stage"] for event in events if event["kind"] == "stage_started"]
+    facts["stage"] = stages[-1] if stages else None
+    facts["last_step"] = {k: v for k, v in steps[-1].items() if k not in ("kind", "time_s")} if steps else None
+    facts["last_event_s_ago"] = round(time.time() - events[-1]["time_s"], 1) if events else None
+    facts["checkpoints"] = committed_steps(store, run_id)
+    outcome = read_outcome(store, run_id)
+    if outcome is not None:
+        facts["outcome"] = outcome.model_dump(mode="json")
+    elif target and facts["attempts"]:
+        facts["job_state"] = _job_state(target, facts["job"])
+    return facts, _lines(facts)
+
+
+def resolve_run(store: Store, name: str) -> str:
+    """A run's id from itself or from its name, which means the newest run of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if store.exists(layout.run_spec(name)):
+        return name
+    found = [run for run in store.list_folders("runs/") if run.rpartition("-")[0] == name]
+    if not found:
+        raise UsageError(f"There is no run {name!r} in {store.uri}.", next_step="See: headway list runs")
+    return max(found, key=lambda run: _started_s(store, run))
+
+
+def _started_s(store: Store, run_id: str) -> float:
+    return max((item.modified_s for item in store.list(layout.run_spec(run_id))), default=0.0)
+
+
+def _state(store: Store, run_id: str) -> dict[str, Any]:
+    """state, reason, number of attempts and job of the newest."""
+    number = newest_attempt(store, run_id)
+    job = read_attempt(store, run_id, number).get("job") if number else None
+    outcome = read_outcome(store, run_id)
+    if outcome is not None:
+        return {"state": outcome.state, "reason": outcome.reason, "attempts": number, "job": job}
+    end = attempt_end(store, run_id, number) if number else None
+    if end is not None:
+        return {"state": end["state"], "reason": end["reason"], "attempts": number, "job": job}
+    return {"state": "in flight" if number else "waiting", "reason": "", "attempts": number, "job": job}
+
+
+def _job_state(target: str, job: str) -> str:
+    try:
+        found = find_target(target).find(job)
+    except HeadwayError as e:
+        return f"unknown: {e.message}"
+    return str(found.state) if found else "gone: the cluster knows no such job"
+
+
+def _runs(store: Store) -> Rows:
+    rows = []
+    for run_id in store.list_folders("runs/"):
+        state = _state(store, run_id)
+        outcome = read_outcome(store, run_id)
+        facts = outcome.facts if outcome else {}
+        rows.append(
+            {
+                "run": run_id,
+                "state": state["state"],
+                "attempts": state["attempts"],
+                "checkpoint": next(iter(committed_steps(store, run_id)), None),
+                "eval_loss": facts.get("evaluation", {}).get("loss"),
+                "version": facts.get("version"),
+            }
+        )
+    return rows
+
+
+def _models(store: Store) -> Rows:
+    rows = []
+    for model in store.list_folders("models/"):
+        for version in list_versions(store, model):
+            rows.append(
+                {
+                    "version": version.name,
+                    "run": version.run_id,
+                    "eval_loss": version.evaluation.get("loss"),
+                    "channels": ", ".join(
+                        name
+                        for name in store.list_folders(f"models/{model}/channels/")
+                        if (entry := channels.newest(store, model, name)) and entry.version == version.number
+                    ),
+                }
+            )
+    return rows
+
+
+def _datasets(store: Store) -> Rows:
+    rows = []
+    for name in store.list_folders("datasets/"):
+        for fingerprint in store.list_folders(layout.datasets(name)):
+            try:
+                manifest = read_dataset(store, name, fingerprint)
+            except NotFound:
+                continue
+            rows.append(
+                {
+                    "dataset": f"{name}@{fingerprint}",
+                    "train_tokens": manifest.train.num_tokens,
+                    "eval_tokens": manifest.eval.num_tokens,
+                    "vocabulary": manifest.tokenizer.vocab_size,
+                    "source": manifest.source.get("pattern"),
+                }
+            )
+    return rows
+
+
+def _checkpoints(store: Store, run_id: str) -> Rows:
+    rows = []
+    for step in committed_steps(store, run_id):
+        manifest, _ = read_manifest(store, run_id, step)
+        rows.append(
+            {
+                "step": step,
+                "size_bytes": manifest.size_bytes,
+                "workers": manifest.world_size,
+                "attempt": manifest.attempt,
+                "age_s": round(time.time() - manifest.created_s),
+            }
+        )
+    return rows
+
+
+def _model(store: Store, model: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": model,
+        "versions": [
+            {"version": v.name, "run": v.run_id, "eval_loss": v.evaluation.get("loss")}
+            for v in list_versions(store, model)
+        ],
+        "channels": {},
+    }
+    for name in store.list_folders(f"models/{model}/channels/"):
+        current = channels.read_status(store, model, name)
+        facts["channels"][name] = {
+            "history": [entry.model_dump(mode="json") for entry in channels.history(store, model, name)],
+            "status": current.model_dump(mode="json") if current else None,
+        }
+    return facts
+
+
+def _table(rows: Rows) -> str:
+    """Rows of one shape, in columns."""
+    names = list(rows[0])
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    lines = [names, *cells]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < _EARLIEST_S else datetime.fromtimestamp(value).isoformat(" ", "seconds")
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _lines(facts: dict[str, Any], indent: int = 0) -> str:
+    """Nested facts, one a line."""
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict) and value:
+            lines += [" " * indent + f"{name}:", _lines(value, indent + 2)]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(" " * indent + f"{name}:")
+            lines += [" " * (indent + 2) + "; ".join(f"{k} {_cell(v)}" for k, v in item.items()) for item in value]
+        elif isinstance(value, list):
+            lines.append(" " * indent + f"{name}: {', '.join(map(_cell, value)) or '-'}")
+        else:
+            lines.append(" " * indent + f"{name}: {_cell(value)}")
+    return "\n".join(lines)

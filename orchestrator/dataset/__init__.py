@@ -1,0 +1,1 @@
+"""Token shards: their format, the order of samples, and the reader."""

@@ -1,0 +1,109 @@
+"""The files that a run file's ``data.train`` names, listed without reading them where the source is S3."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.dataset.format import fingerprint
+from orchestrator.errors import EmptySource
+from orchestrator.spec import DataSpec
+from orchestrator.store.s3 import Store, split_uri
+
+_WILD = re.compile(r"[*?]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    uri: str
+    """``s3://bucket/key``, or an absolute path."""
+    path: str
+    """Relative to the source's fixed part: what decides the split, and stays when the source moves."""
+    etag: str
+    """Changes when the content does: S3's ETag, or the SHA-256 of a local file."""
+    size_bytes: int
+
+
+def list_source(pattern: str, store: Store) -> list[SourceFile]:
+    """All files that match, in the order of their path.
+
+    Raises:
+        EmptySource: nothing matches. StoreError: the bucket cannot be listed.
+    """
+    base, matches = _compile(pattern)
+    if pattern.startswith("s3://"):
+        bucket, prefix = split_uri(base)
+        prefix += "/" if base.endswith("/") and prefix else ""
+        found = [
+            SourceFile(
+                uri=f"s3://{bucket}/{item.key}",
+                path=item.key[len(prefix) :].lstrip("/") or item.key.rsplit("/", 1)[-1],
+                etag=item.etag,
+                size_bytes=item.size_bytes,
+            )
+            for item in store.at(bucket).list(prefix)
+            if item.size_bytes and matches.fullmatch(f"s3://{bucket}/{item.key}")
+        ]
+    else:
+        found = [_local(path, base) for path in _walk(Path(base)) if matches.fullmatch(str(path))]
+    if not found:
+        raise EmptySource(
+            f"data.train: {pattern!r} matches no file that holds anything.",
+            next_step="Check the address; ** crosses folders, * does not.",
+        )
+    return sorted(found, key=lambda file: file.path)
+
+
+def source_fingerprint(data: DataSpec, files: list[SourceFile]) -> str:
+    """The fingerprint of the dataset that preparing these files gives."""
+    return fingerprint(data, [(file.path, file.etag, file.size_bytes) for file in files])
+
+
+def read_source(file: SourceFile, store: Store) -> bytes:
+    """A source file's bytes."""
+    if file.uri.startswith("s3://"):
+        bucket, key = split_uri(file.uri)
+        return store.at(bucket).get(key)
+    return Path(file.uri).read_bytes()
+
+
+def _compile(pattern: str) -> tuple[str, re.Pattern[str]]:
+    """The fixed folder that a pattern starts with, and the pattern as a regular expression."""
+    if not pattern.startswith("s3://"):
+        pattern = str(Path(pattern).expanduser().absolute())
+    wild = _WILD.search(pattern)
+    if wild is None:
+        whole = re.escape(pattern.rstrip("/"))
+        return pattern, re.compile(f"{whole}(/.*)?", re.DOTALL)
+    base = pattern[: pattern.rfind("/", 0, wild.start()) + 1]
+    return base, re.compile(_translate(pattern), re.DOTALL)
+
+
+def _translate(pattern: str) -> str:
+    out, position = [], 0
+    while position < len(pattern):
+        if pattern.startswith("**/", position):
+            out.append("(?:.*/)?")
+            position += 3
+        elif pattern.startswith("**", position):
+            out.append(".*")
+            position += 2
+        else:
+            char = pattern[position]
+            out.append({"*": "[^/]*", "?": "[^/]"}.get(char, re.escape(char)))
+            position += 1
+    return "".join(out)
+
+
+def _walk(base: Path) -> list[Path]:
+    found = [base] if base.is_file() else base.rglob("*")
+    return [path for path in found if path.is_file() and path.stat().st_size]
+
+
+def _local(path: Path, base: str) -> SourceFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    relative = str(path.relative_to(base)) if str(path) != base.rstrip("/") else path.name
+    return SourceFile(uri=str(path), path=relative, etag=digest, size_bytes=path.stat().st_size)

@@ -1,0 +1,158 @@
+"""Channels: append-only entries that say which version is to serve, and the status that the server writes.
+
+An entry is ``models/<model>/channels/<channel>/00007.json``. The highest number is what is wanted; a
+rollback is one more entry. ``models/<model>/channels/<channel>.status.json`` is what is so, and has one
+writer: the server.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from orchestrator.errors import IntegrityError, NotFound, UsageError
+from orchestrator.release.versions import first_fault
+from orchestrator.store import layout
+from orchestrator.store.s3 import Store
+
+ENTRY_FORMAT: Literal["headway/channel-entry/1"] = "headway/channel-entry/1"
+STATUS_FORMAT: Literal["headway/channel-status/1"] = "headway/channel-status/1"
+_ENTRY_KEY = re.compile(r"(\d+)\.json")
+
+Number = Annotated[int, Field(ge=1)]
+_Document = TypeVar("_Document", bound=BaseModel)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Canary(_Frozen):
+    """A second version that answers a share of the requests."""
+
+    version: Number
+    weight: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class ChannelEntry(_Frozen):
+    """Which version is to serve from now on, who says so, and why."""
+
+    format: Literal["headway/channel-entry/1"] = ENTRY_FORMAT
+    number: Number
+    version: Number
+    canary: Canary | None = None
+    by: str
+    reason: str
+    run_id: str | None = None
+    created_s: float
+    nonce: str
+
+
+class ChannelStatus(_Frozen):
+    """What the server made of the channel."""
+
+    format: Literal["headway/channel-status/1"] = STATUS_FORMAT
+    serving: Number | None = None
+    """The version that answers."""
+    tried: Number | None = None
+    """The version that was loaded last, or whose load failed last."""
+    rejected: dict[Number, str] = {}
+    """Versions that do not serve though an entry may name them, and why. They are not tried again."""
+    problem: str | None = None
+    """What keeps the wanted version from serving for now, and will be tried again."""
+    updated_s: float = 0.0
+
+
+def append(
+    store: Store,
+    model: str,
+    channel: str,
+    *,
+    version: int,
+    by: str,
+    reason: str,
+    run_id: str | None = None,
+    canary: Canary | None = None,
+) -> ChannelEntry:
+    """Say that ``version`` is to serve.
+
+    Raises:
+        UsageError: there is no such version.
+    """
+    for wanted in (version, *([canary.version] if canary else [])):
+        if not store.exists(layout.version_manifest(model, wanted)):
+            raise UsageError(f"There is no version {model}@{wanted}.", next_step=f"See: headway show {model}")
+    entry = ChannelEntry(
+        number=max(entry_numbers(store, model, channel), default=0) + 1,
+        version=version,
+        canary=canary,
+        by=by,
+        reason=reason,
+        run_id=run_id,
+        created_s=time.time(),
+        nonce=secrets.token_hex(8),
+    )
+    number = store.create_numbered(
+        entry.number - 1,
+        lambda number: layout.channel_entry(model, channel, number),
+        entry.model_dump(mode="json"),
+    )
+    return entry.model_copy(update={"number": number})
+
+
+def entry_numbers(store: Store, model: str, channel: str) -> list[int]:
+    """The numbers of all entries, in order. One listing, so cheap enough to poll."""
+    prefix = layout.channel(model, channel)
+    names = (_ENTRY_KEY.fullmatch(item.key[len(prefix) :]) for item in store.list(prefix))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def read_entry(store: Store, model: str, channel: str, number: int) -> ChannelEntry:
+    """
+    Raises:
+        NotFound: no such entry. IntegrityError: it is not a channel entry, or is another's.
+    """
+    key = layout.channel_entry(model, channel, number)
+    entry = _parse(store, key, ChannelEntry, ENTRY_FORMAT)
+    if entry.number != number:
+        raise IntegrityError(f"{store.uri_of(key)} says that it is entry {entry.number}.")
+    return entry
+
+
+def newest(store: Store, model: str, channel: str) -> ChannelEntry | None:
+    """The entry that is in force, or None where nothing was ever released to this channel."""
+    numbers = entry_numbers(store, model, channel)
+    return read_entry(store, model, channel, numbers[-1]) if numbers else None
+
+
+def history(store: Store, model: str, channel: str) -> list[ChannelEntry]:
+    """All entries, oldest first."""
+    return [read_entry(store, model, channel, number) for number in entry_numbers(store, model, channel)]
+
+
+def read_status(store: Store, model: str, channel: str) -> ChannelStatus | None:
+    """What the server last said, or None where none has served this channel.
+
+    Raises:
+        IntegrityError: it is not a status.
+    """
+    try:
+        return _parse(store, layout.channel_status(model, channel), ChannelStatus, STATUS_FORMAT)
+    except NotFound:
+        return None
+
+
+def write_status(store: Store, model: str, channel: str, status: ChannelStatus) -> None:
+    """Only the server calls this."""
+    store.put_status(layout.channel_status(model, channel), status.model_dump(mode="json"))
+
+
+def _parse(store: Store, key: str, kind: type[_Document], format_name: str) -> _Document:
+    try:
+        return kind.model_validate(store.get_json(key))
+    except (ValidationError, RecursionError) as e:
+        raise IntegrityError(f"{store.uri_of(key)} is not a {format_name} document: {first_fault(e)}.") from e

@@ -1,0 +1,234 @@
+"""Versions: ``models/<model>/versions/00001/``, a Hugging Face directory and what it came from.
+
+``claim.json`` claims the number before any file is written; ``version.json`` is written last and lists every
+file with its digest. The version exists when ``version.json`` exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from orchestrator.errors import EnvironmentUnusable, IntegrityError, NotFound
+from orchestrator.spec import canonical_json
+from orchestrator.store import layout
+from orchestrator.store.s3 import Store
+
+FORMAT: Literal["headway/version/1"] = "headway/version/1"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_OWN_FILES = frozenset({"claim.json", "version.json"})
+_PARALLEL_FILES = 4  # each is fetched in parallel ranges besides
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VersionFile(_Frozen):
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class CheckpointSource(_Frozen):
+    uri: str
+    step: int
+
+
+class DatasetSource(_Frozen):
+    name: str
+    fingerprint: str
+
+
+class Version(_Frozen):
+    """``version.json``: an exported model and where it came from."""
+
+    format: Literal["headway/version/1"] = FORMAT
+    model: str
+    number: Annotated[int, Field(ge=1)]
+    task: str
+    run_id: str
+    attempt: int
+    checkpoint: CheckpointSource
+    dataset: DatasetSource
+    code_digest: str
+    evaluation: dict[str, Any]
+    gate: dict[str, Any]
+    files: Annotated[dict[str, VersionFile], Field(min_length=1)]
+    created_s: float
+    nonce: str
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: dict[str, VersionFile]) -> dict[str, VersionFile]:
+        check_names(files)
+        return files
+
+    @property
+    def name(self) -> str:
+        """``MODEL@N``, as people write it."""
+        return f"{self.model}@{self.number}"
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of the files' names and contents."""
+        listed = {name: file.sha256 for name, file in self.files.items()}
+        return hashlib.sha256(canonical_json(listed)).hexdigest()[:32]
+
+
+def check_names(names: Mapping[str, object]) -> None:
+    """The files of a version lie side by side, so a name that leads elsewhere is an attack or a fault.
+
+    Raises:
+        ValueError: a name that is not a plain file name.
+    """
+    for name in names:
+        if not _FILE_NAME.fullmatch(name) or name in _OWN_FILES:
+            raise ValueError(f"{name[:100]!r} is not a plain file name of a model's directory")
+
+
+def claim_version(store: Store, model: str, *, facts: dict[str, Any]) -> int:
+    """Claim the next number of ``model``, before any of its files is written.
+
+    ``facts`` say who claims (``run_id``, ``attempt``); :func:`publish` holds the version against them.
+    """
+    claimed = [int(name) for name in store.list_folders(layout.versions(model)) if name.isdecimal()]
+    value = {"nonce": secrets.token_hex(8), "claimed_s": time.time(), **facts}
+    return store.create_numbered(max(claimed, default=0), lambda number: layout.version_claim(model, number), value)
+
+
+def publish(store: Store, version: Version) -> None:
+    """Make the version exist. Its files must be in the store by now. The same one twice is no error.
+
+    Raises:
+        AlreadyExists: another version has this number.
+        IntegrityError: the number was never claimed, or by another run.
+    """
+    claim_key = layout.version_claim(version.model, version.number)
+    try:
+        claim = store.get_json(claim_key)
+    except NotFound as e:
+        raise IntegrityError(
+            f"{version.name} cannot be published: {store.uri_of(claim_key)} does not exist.",
+            next_step="Claim the number first.",
+        ) from e
+    owner = claim.get("run_id", version.run_id) if isinstance(claim, dict) else None
+    if owner != version.run_id:
+        raise IntegrityError(f"{version.name} cannot be published by run {version.run_id}: {owner} claimed it.")
+    store.create_json(layout.version_manifest(version.model, version.number), version.model_dump(mode="json"))
+
+
+def read_version(store: Store, model: str, number: int) -> Version:
+    """
+    Raises:
+        NotFound: no such version. IntegrityError: its ``version.json`` is not one, or is another's.
+    """
+    key = layout.version_manifest(model, number)
+    try:
+        version = Version.model_validate(store.get_json(key))
+    except (ValidationError, RecursionError) as e:
+        raise IntegrityError(f"{store.uri_of(key)} is not a {FORMAT} document: {first_fault(e)}.") from e
+    if (version.model, version.number) != (model, number):
+        raise IntegrityError(f"{store.uri_of(key)} says that it is {version.name}.")
+    return version
+
+
+def list_versions(store: Store, model: str) -> list[Version]:
+    """The published versions, oldest first. Numbers that were only claimed are left out."""
+    found = []
+    for number in sorted(int(name) for name in store.list_folders(layout.versions(model)) if name.isdecimal()):
+        try:
+            found.append(read_version(store, model, number))
+        except NotFound:
+            continue
+    return found
+
+
+def download_files(store: Store, prefix: str, files: Mapping[str, VersionFile], directory: Path) -> None:
+    """Fetch ``prefix`` + name of every file into ``directory``, which appears once all have been verified.
+
+    A directory that is there already must hold these very files; another process may have been faster.
+
+    Raises:
+        IntegrityError: a name leads out of the directory, or bytes do not match their digest.
+        NotFound: a file is missing. EnvironmentUnusable: the directory cannot be written, the disk is full.
+    """
+    try:
+        check_names(files)
+    except ValueError as e:
+        raise IntegrityError(f"{store.uri_of(prefix)} lists a file that will not be written: {e}.") from e
+    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        with ThreadPoolExecutor(_PARALLEL_FILES, thread_name_prefix="download") as pool:
+            fetches = [
+                pool.submit(store.download, prefix + name, partial / name, sha256=file.sha256)
+                for name, file in files.items()
+            ]
+            try:
+                for fetch in fetches:
+                    fetch.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        _appear(partial, directory, files)
+    except OSError as e:
+        raise EnvironmentUnusable(
+            f"{directory} cannot be written: {e.strerror or e}.",
+            next_step="Free some space there, or set HEADWAY_CACHE to another folder.",
+        ) from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def download_version(store: Store, version: Version, cache_directory: Path) -> Path:
+    """The version's files as a local Hugging Face directory, ``<cache_directory>/<digest>``.
+
+    A cached copy is verified before it is used and fetched again where it does not match.
+
+    Raises:
+        IntegrityError, NotFound, EnvironmentUnusable: as :func:`download_files`.
+    """
+    directory = cache_directory / version.digest
+    if not matches(directory, version.files):
+        shutil.rmtree(directory, ignore_errors=True)
+        download_files(store, layout.version(version.model, version.number), version.files, directory)
+    return directory
+
+
+def matches(directory: Path, files: Mapping[str, VersionFile]) -> bool:
+    """Whether ``directory`` holds every one of ``files`` with its recorded bytes."""
+
+    def same(name: str, file: VersionFile) -> bool:
+        try:
+            with (directory / name).open("rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
+        except OSError:
+            return False
+
+    return all(same(name, file) for name, file in files.items())
+
+
+def first_fault(error: Exception) -> str:
+    """The first fault that pydantic found, as ``field: what``."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part)[:100] for part in fault["loc"]) or "document"
+    return f"{where}: {fault['msg']}"
+
+
+def _appear(partial: Path, directory: Path, files: Mapping[str, VersionFile]) -> None:
+    try:
+        partial.rename(directory)
+    except OSError:
+        if not matches(directory, files):
+            raise

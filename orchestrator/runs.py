@@ -1,0 +1,47 @@
+"""What identifies a run: its data's fingerprint, its code's digest, and from both its id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.dataset.format import DatasetManifest, find_dataset
+from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
+from orchestrator.package import code_digest
+from orchestrator.spec import RunSpec, run_id
+from orchestrator.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    run_id: str
+    dataset_fingerprint: str
+    code_digest: str
+    """Of the working directory's Python files where the task lives there, else empty."""
+    files: tuple[SourceFile, ...] = ()
+    """The source's files, where the data is to be prepared."""
+    dataset: DatasetManifest | None = None
+    """The dataset, where the run file names one prepared before."""
+
+
+def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentity:
+    """Find out which run this is; the source is listed, not read.
+
+    Raises:
+        EmptySource, RunError: there is no such data. StoreError: the store cannot be reached.
+    """
+    code = code_digest(working_directory) if spec.user_code else ""
+    if spec.data.train is not None:
+        files = tuple(list_source(spec.data.train, store))
+        fingerprint = source_fingerprint(spec.data, list(files))
+        dataset = None
+    else:
+        files, dataset = (), find_dataset(store, spec.data.dataset or "")
+        fingerprint = dataset.fingerprint
+    return RunIdentity(
+        run_id=run_id(spec, dataset_fingerprint=fingerprint, code_digest=code),
+        dataset_fingerprint=fingerprint,
+        code_digest=code,
+        files=files,
+        dataset=dataset,
+    )

@@ -1,0 +1,65 @@
+"""The run file that ``headway init`` writes: every field, with its default or an example, and what it means."""
+
+from __future__ import annotations
+
+STARTER = """\
+apiVersion: headway/v1          # the version of this file's format
+name: my-model                  # a-z, 0-9 and dashes, at most 31 characters; the run is called name-<digest>
+task: causal-lm                 # a built-in task, or module:Class in your working directory
+
+model:
+  architecture:                 # any transformers architecture, trained from scratch, in the words of its config
+    model_type: llama
+    hidden_size: 256
+    intermediate_size: 688
+    num_hidden_layers: 4
+    num_attention_heads: 4
+
+data:                           # give exactly one of train and dataset
+  train: "data/**/*.txt"        # a glob of local files, or s3://bucket/prefix/**/*.txt
+  # dataset: NAME               # or a dataset prepared before: NAME, or NAME@FINGERPRINT
+  format: text                  # text, jsonl or parquet
+  text_field: text              # jsonl and parquet: the field or column that holds the text
+  vocab_size: 4096              # of the tokenizer that is trained on the source, at least 258
+  eval_fraction: 0.05           # share of the source's files held out for evaluation
+  sequence_length: 256          # tokens that the model sees in one sample
+
+train:                          # give exactly one of steps and epochs
+  steps: 200                    # optimizer steps
+  # epochs: 1.0                 # or passes over the training data; parts of one are allowed
+  global_batch_size: 32         # samples per optimizer step, over all workers
+  micro_batch_size: 8           # the most samples that one worker computes at once; lower it to save memory
+  optimizer:                    # AdamW
+    learning_rate: 1.0e-3       # at its peak
+    warmup_steps: 20            # steps over which it climbs there
+    weight_decay: 0.1
+    betas: [0.9, 0.95]          # decay of the two moments
+    eps: 1.0e-8                 # added to the denominator
+    schedule: cosine            # constant, linear or cosine after the warm-up
+    min_learning_rate_ratio: 0.1  # where linear and cosine end, as a share of learning_rate
+  max_grad_norm: 1.0            # gradients are clipped to this norm; null does not clip
+  zero:                         # DeepSpeed ZeRO
+    stage: 2                    # divided over the workers: 0 nothing, 1 optimizer, 2 gradients too, 3 parameters too
+    offload: none               # cpu keeps the optimizer's state in host memory; needs a GPU
+  precision: auto               # auto is bf16 where the device has it natively, else fp32; or fp32, bf16, fp16
+  seed: 0                       # of the initial weights and of the order of samples
+
+checkpoint:
+  every_steps: 50               # steps between checkpoints
+  keep: 3                       # newest checkpoints kept
+
+resources:
+  workers: {min: 1, max: 2}     # any number in between may train, as the cluster has room
+  gpu: null                     # any, or a kind of GPU, one for each worker; null trains on CPUs
+  cpus_per_worker: 1
+  max_failures: 3               # times that the workers are restarted in one attempt
+
+gate:                           # what a trained model must show before it is released
+  max_loss: null                # nats per token on the held-out data; null sets no limit
+  must_beat_serving: false      # true refuses a model that is no better than the one that serves
+  max_eval_samples: null        # evaluate on the first so many samples; null takes all
+
+release:                        # leave this part out to train without releasing
+  model: my-model               # the name under which versions are numbered
+  channel: production           # what the serving side follows
+"""

@@ -1,0 +1,79 @@
+"""What every target offers. A target only starts, watches and stops attempts; what they do is in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from orchestrator.package import Package
+from orchestrator.render import JobRequest
+
+
+class JobState(StrEnum):
+    """A job's state, in Ray's words."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+
+    @property
+    def ended(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.STOPPED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    state: JobState
+    message: str
+    exit_code: int | None = None
+    """The entrypoint's own, once it has ended by itself: Headway's exit codes are in ``errors``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    submission_id: str
+    created: bool
+    """False where a job of this id existed already: attach to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What a target's nodes have in all, in use or not."""
+
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: int | None
+    gpu_kind: str | None
+    """Ray's name of the commonest accelerator, such as ``A100``."""
+
+
+class Target(Protocol):
+    """Where attempts execute.
+
+    Raises:
+        TargetError: from every method, where the system behind it refuses or cannot be reached.
+    """
+
+    def capacity(self) -> Capacity: ...
+
+    def submit(self, request: JobRequest, package: Package | None = None) -> Submission: ...
+
+    def status(self, submission_id: str) -> JobStatus: ...
+
+    def find(self, submission_id: str) -> JobStatus | None:
+        """Like :meth:`status`, but None where there is no such job."""
+        ...
+
+    def logs(self, submission_id: str) -> str: ...
+
+    def follow(self, submission_id: str) -> Iterator[str]:
+        """New pieces of the log as they come, until the job has ended."""
+        ...
+
+    def stop(self, submission_id: str) -> bool:
+        """Ask the job to end. False where it had ended already."""
+        ...

@@ -1,0 +1,383 @@
+"""The Serve application for real: Ray Serve, an S3 server, and the official openai client."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import transformers
+
+from orchestrator.release import channels
+from orchestrator.store import Store, layout, open_store
+from orchestrator.targets.ports import is_free
+from orchestrator.targets.seaweedfs import S3Server
+from tests.integration.conftest import BUCKET
+from tests.tiny_model import CONTEXT_TOKENS, make_tokenizer, release_version, save_model
+
+MODEL = "code-lm"
+CHANNEL = "production"
+PROMPT = "def __init__(self"
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    store: Store
+    url: str
+    client: openai.OpenAI
+    model_1: Path
+    """The directory of the first version."""
+
+
+@pytest.fixture(scope="module")
+def ray_with_serve(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A local Ray with Serve's proxy on a port of its own, which is given."""
+    ray = pytest.importorskip("ray")
+    from ray import serve
+
+    port = next(port for port in range(21000 + os.getpid() % 5000, 32000) if is_free(port))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADWAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local",
+            num_cpus=1,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="headway-tests",
+        )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            yield port
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(ray_with_serve: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The application on a channel whose first version comes after it was started."""
+    from ray import serve
+
+    from workloads.serve.app import build
+
+    store = open_store(f"s3://{BUCKET}/serving")
+    started_s = time.monotonic()
+    arguments = {"model": MODEL, "channel": CHANNEL, "store": store.uri, "poll_s": POLL_S, "max_queued": 60}
+    serve.run(build(arguments), name="tiny", route_prefix="/")
+    up_s = time.monotonic() - started_s
+    url = f"http://127.0.0.1:{ray_with_serve}"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model=MODEL, prompt=PROMPT)
+    assert caught.value.status_code == 503
+    assert "No version released yet" in caught.value.message
+    assert client.models.list().data == []
+
+    directory = save_model(tmp_path_factory.mktemp("models") / "one", seed=1)
+    promote(store, release_version(store, MODEL, directory).number)
+    wait_for(lambda: serving(url) == 1)
+    client.completions.create(model=MODEL, prompt=PROMPT)
+    print(f"\napplication up after {up_s:.1f} s, first answer after {time.monotonic() - started_s:.1f} s")
+    yield Served(store=store, url=url, client=client, model_1=directory)
+    client.close()
+
+
+def promote(store: Store, version: int) -> None:
+    channels.append(store, MODEL, CHANNEL, version=version, by="a test", reason="a test")
+
+
+def serving(url: str) -> int | None:
+    return httpx.get(f"{url}/healthz").json()["serving"]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def greedy(directory: Path, prompt: str, num_tokens: int) -> str:
+    """What transformers itself generates from the version's directory."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
+    tokenizer = make_tokenizer()
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens)
+    text: str = tokenizer.decode(out[0, ids.shape[1] :].tolist())
+    return text
+
+
+def test_greedy_output_is_that_of_transformers(served: Served) -> None:
+    expected = greedy(served.model_1, PROMPT, 40)
+    raw = served.client.completions.with_raw_response.create(model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0)
+    answer = raw.parse()
+    assert answer.choices[0].text == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 40
+    assert answer.usage.prompt_tokens == len(make_tokenizer().encode(PROMPT).ids)
+    assert answer.object == "text_completion"
+    assert raw.headers["x-headway-version"] == answer.system_fingerprint == f"{MODEL}@1"
+
+
+@pytest.mark.parametrize("prompt", ["naïve ca", "漢字", "🙂", "\n\n\t x = [1"])
+def test_streamed_pieces_join_to_the_whole(served: Served, prompt: str) -> None:
+    whole = served.client.completions.create(model=MODEL, prompt=prompt, max_tokens=60, temperature=0)
+    events = list(
+        served.client.completions.create(
+            model=MODEL,
+            prompt=prompt,
+            max_tokens=60,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(event.choices[0].text for event in events if event.choices) == whole.choices[0].text
+    assert [event.choices[0].finish_reason for event in events if event.choices][-1] == "length"
+    assert events[-1].choices == []
+    assert events[-1].usage == whole.usage
+    assert len(events) > 5
+
+
+def test_a_stream_is_server_sent_events_that_end_in_done(served: Served) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-headway-version"] == f"{MODEL}@1"
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_models(served: Served) -> None:
+    assert [model.id for model in served.client.models.list().data] == [MODEL]
+    assert served.client.models.retrieve(MODEL).owned_by == "headway"
+    with pytest.raises(openai.NotFoundError):
+        served.client.models.retrieve("other")
+
+
+def test_prompts_of_every_form(served: Served) -> None:
+    ids = make_tokenizer().encode(PROMPT).ids
+    create = served.client.completions.create
+    one = create(model=MODEL, prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+    assert create(model=MODEL, prompt=ids, max_tokens=8, temperature=0).choices[0].text == one
+    several = create(model=MODEL, prompt=[PROMPT, "x"], max_tokens=8, temperature=0, n=2, echo=True)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in several.choices[:2]] == [PROMPT + one] * 2
+    assert several.choices[2].text.startswith("x")
+    assert several.usage.completion_tokens == 32
+
+
+def test_a_seed_repeats_what_was_sampled(served: Served) -> None:
+    def sample(seed: int) -> list[str]:
+        answer = served.client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=20, temperature=1.0, top_p=0.95, seed=seed, n=2
+        )
+        return [choice.text for choice in answer.choices]
+
+    first = sample(1)
+    assert sample(1) == first
+    assert sample(2) != first
+    assert first[0] != first[1]
+
+
+def test_stop_sequences_cut_before_them(served: Served) -> None:
+    whole = served.client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0).choices[0].text
+    stop = whole[7:10]
+    events = list(
+        served.client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=40, temperature=0, stop=stop, stream=True
+        )
+    )
+    assert "".join(event.choices[0].text for event in events) == whole[: whole.index(stop)]
+    assert events[-1].choices[0].finish_reason == "stop"
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "other"}, 404, "does not exist"),
+    ({"prompt": "x " * 400}, 400, f"maximum context length is {CONTEXT_TOKENS} tokens"),
+    ({"max_tokens": 10_000}, 400, f"maximum context length is {CONTEXT_TOKENS} tokens"),
+    ({"prompt": [10**6]}, 400, "outside the vocabulary"),
+    ({"logprobs": 3}, 400, "logprobs is not supported"),
+    ({"n": 1_000_000}, 400, "Invalid value for n"),
+    ({"temperature": 3}, 400, "Invalid value for temperature"),
+    ({"max_tokns": 3}, 400, "Unrecognized request argument supplied: max_tokns"),
+    ({"prompt": ""}, 400, "prompt is empty"),
+    ({"prompt": ["x"] * 60, "n": 2}, 400, "more than 64 completions"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "message"), REFUSED)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals_are_in_openais_format(
+    served: Served, change: dict[str, Any], status: int, message: str, stream: bool
+) -> None:
+    body = {"model": MODEL, "prompt": PROMPT, "stream": stream, **change}
+    response = httpx.post(f"{served.url}/v1/completions", json=body)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_the_client_raises_its_own_errors(served: Served) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        served.client.completions.create(model="other", prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        served.client.completions.create(model=MODEL, prompt="x " * 400)
+    with pytest.raises(openai.BadRequestError, match="Chat is not served"):
+        served.client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hello"}])
+
+
+def test_hostile_bodies_and_paths(served: Served) -> None:
+    def post(body: bytes) -> httpx.Response:
+        return httpx.post(f"{served.url}/v1/completions", content=body)
+
+    assert post(b"x" * (10 * 2**20)).status_code == 413
+    for body in (b"", b"\xff\xfe", b"[" * 100_000, b'{"model":', b"[]", b'{"model":"code-lm","prompt":"\\ud800"}'):
+        response = post(body)
+        assert response.status_code == 400
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.get(f"{served.url}/v1/nothing").json()["error"]["code"] == "unknown_url"
+    assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+    assert serving(served.url) == 1
+
+
+def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
+    body = {"model": MODEL, "prompt": ["x"] * 60, "max_tokens": 120, "temperature": 0}
+    url = f"{served.url}/v1/completions"
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, timeout=0.3)
+    wait_for(lambda: in_flight(served) == 0, timeout_s=5)
+    with httpx.stream("POST", url, json={**body, "stream": True}) as response:
+        lines = response.iter_lines()  # kept: httpx closes the response with its iterator
+        next(lines)
+        assert in_flight(served) == 60
+    wait_for(lambda: in_flight(served) == 0, timeout_s=5)
+
+
+def test_more_than_may_wait_is_429(served: Served) -> None:
+    body = {"model": MODEL, "prompt": ["x"] * 60, "max_tokens": 120, "temperature": 0, "stream": True}
+    with (
+        httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60),
+        pytest.raises(openai.RateLimitError),
+    ):
+        served.client.completions.create(model=MODEL, prompt=["x"] * 10)
+    wait_for(lambda: in_flight(served) == 0)
+
+
+def in_flight(served: Served) -> int:
+    num: int = httpx.get(f"{served.url}/healthz").json()["num_sequences"]
+    return num
+
+
+class Load:
+    """Requests one after the other in a thread, until told to stop; remembers who answered."""
+
+    def __init__(self, served: Served) -> None:
+        self.versions: list[str] = []
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._served = served
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 10}
+        with httpx.Client(timeout=30) as http:
+            while not self._stop.is_set():
+                response = http.post(f"{self._served.url}/v1/completions", json=body)
+                if response.status_code == 200:
+                    self.versions.append(response.headers["x-headway-version"])
+                else:
+                    self.failures.append(response.text)
+
+
+def test_promote_reject_and_roll_back_without_a_failed_request(served: Served, tmp_path: Path) -> None:
+    store, url = served.store, served.url
+    second = release_version(store, MODEL, save_model(tmp_path / "two", seed=2))
+    corrupt = release_version(store, MODEL, save_model(tmp_path / "three", seed=3))
+    key = layout.version(MODEL, corrupt.number) + "model.safetensors"
+    data = bytearray(store.get(key))
+    data[-5] ^= 1
+    store.upload(key, bytes(data))
+    broken = release_version(store, MODEL, broken_model(tmp_path / "four"))
+
+    with Load(served) as load:
+        wait_for(lambda: len(load.versions) > 2)
+        promote(store, second.number)
+        wait_for(lambda: serving(url) == second.number)
+        for bad, reason in ((corrupt, "does not match its recorded digest"), (broken, "not finite")):
+            promote(store, bad.number)
+            wait_for(lambda bad=bad: bad.number in status(store).rejected)
+            assert reason in status(store).rejected[bad.number]
+            assert status(store).tried == bad.number
+            assert serving(url) == second.number
+        promote(store, 1)
+        wait_for(lambda: serving(url) == 1)
+        num_before = len(load.versions)
+        wait_for(lambda: len(load.versions) > num_before + 2)
+    assert load.failures == []
+    assert load.versions[0] == load.versions[-1] == f"{MODEL}@1"
+    assert set(load.versions) == {f"{MODEL}@1", second.name}
+    answer = served.client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0)
+    assert answer.choices[0].text == greedy(served.model_1, PROMPT, 20)
+
+
+def status(store: Store) -> channels.ChannelStatus:
+    found = channels.read_status(store, MODEL, CHANNEL)
+    assert found is not None
+    return found
+
+
+def broken_model(directory: Path) -> Path:
+    """A model that answers NaN."""
+    save_model(directory, seed=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_two_replicas_under_a_prefix_follow_another_channel(served: Served) -> None:
+    from ray import serve
+
+    from workloads.serve.app import build
+
+    channels.append(served.store, MODEL, "staging", version=1, by="a test", reason="a test")
+    arguments = {"model": MODEL, "channel": "staging", "store": served.store.uri, "num_replicas": 2}
+    serve.run(build(arguments), name="staging", route_prefix="/staging")
+    try:
+        url = f"{served.url}/staging"
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            texts = {
+                client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0).choices[0].text
+                for _ in range(8)
+            }
+        assert texts == {greedy(served.model_1, PROMPT, 20)}
+        found = channels.read_status(served.store, MODEL, "staging")
+        assert found is not None
+        assert found.serving == 1
+    finally:
+        serve.delete("staging")

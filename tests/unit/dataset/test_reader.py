@@ -1,0 +1,116 @@
+"""Samples over the borders of shards, and bytes that are not what the manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.dataset.format import DatasetManifest, Shard, Split
+from orchestrator.dataset.reader import TokenReader, require_samples
+from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError
+from orchestrator.store import layout
+from tests.unit.dataset.test_format import manifest
+from tests.unit.fakes import MemoryStore
+
+PREFIX = layout.dataset("text", "0123456789abcdef")
+
+
+def make(store: MemoryStore, sizes: list[int], dtype: str = "uint16") -> tuple[DatasetManifest, np.ndarray]:
+    """A dataset of shards of these sizes, and all its tokens."""
+    tokens = np.random.default_rng(1).integers(0, 60_000, sum(sizes)).astype(f"<{dtype[0]}{int(dtype[4:]) // 8}")
+    shards = []
+    for number, part in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
+        data, file = part.tobytes(), f"train-{number:05d}.bin"
+        store.create(PREFIX + file, data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(Shard(file=file, num_tokens=len(part), size_bytes=len(data), sha256=digest))
+    split = Split(shards=tuple(shards), num_tokens=len(tokens), num_bytes=1, num_files=1)
+    return DatasetManifest.model_validate(manifest(dtype=dtype, train=split, eval=split)), tokens
+
+
+def open_reader(store: MemoryStore, dataset: DatasetManifest, cache: Path, *, length: int = 8) -> TokenReader:
+    return TokenReader(store, dataset, dataset.train, sequence_length=length, cache=cache)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    length=st.integers(1, 30),
+    dtype=st.sampled_from(["uint16", "uint32"]),
+)
+def test_samples_are_slices_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], length: int, dtype: str
+) -> None:
+    store = MemoryStore(prefix="headway")
+    dataset, tokens = make(store, sizes, dtype)
+    reader = open_reader(store, dataset, tmp_path_factory.mktemp("cache"), length=length)
+    assert reader.num_samples == max(0, (sum(sizes) - 1) // length)
+    indices = np.arange(reader.num_samples, dtype=np.int64)[::-1]
+    expected = [tokens[i * length : i * length + length + 1] for i in indices]
+    found = reader.samples(indices)
+    assert found.dtype == np.int64
+    assert found.shape == (reader.num_samples, length + 1)
+    assert found.tolist() == [sample.tolist() for sample in expected]
+
+
+def test_a_flipped_byte_is_refused(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [20, 20])
+    data = bytearray(memory_store.get(f"{PREFIX}train-00001.bin"))
+    data[7] ^= 1
+    memory_store.tamper(f"{PREFIX}train-00001.bin", bytes(data))
+    with pytest.raises(IntegrityError, match="train-00001"):
+        open_reader(memory_store, dataset, tmp_path)
+
+
+def test_a_shrunk_shard_is_refused(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [20, 20])
+    memory_store.tamper(f"{PREFIX}train-00000.bin", memory_store.get(f"{PREFIX}train-00000.bin")[:-2])
+    with pytest.raises(IntegrityError, match="train-00000"):
+        open_reader(memory_store, dataset, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../train-00000.bin", "/etc/passwd", "a/b.bin", "..", ""])
+def test_a_path_for_a_shards_name_is_refused(memory_store: MemoryStore, tmp_path: Path, file: str) -> None:
+    dataset, _ = make(memory_store, [20])
+    shard = dataset.train.shards[0].model_copy(update={"file": file})
+    split = dataset.train.model_copy(update={"shards": (shard,)})
+    with pytest.raises(IntegrityError, match="outside its folder"):
+        TokenReader(memory_store, dataset, split, sequence_length=8, cache=tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1] + b"\x00", lambda data: data[:-4]])
+def test_a_damaged_copy_on_the_node_is_fetched_anew(memory_store: MemoryStore, tmp_path: Path, damage: object) -> None:
+    dataset, tokens = make(memory_store, [20])
+    open_reader(memory_store, dataset, tmp_path)
+    (copy,) = tmp_path.rglob("*.bin")
+    copy.write_bytes(damage(copy.read_bytes()))  # type: ignore[operator]
+    reader = open_reader(memory_store, dataset, tmp_path)
+    assert reader.samples(np.array([1])).tolist() == [tokens[8:17].tolist()]
+
+
+def test_what_is_on_the_node_is_not_fetched_again(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [20])
+    open_reader(memory_store, dataset, tmp_path)
+    memory_store.fail["download"] = AssertionError("fetched again")  # type: ignore[assignment]
+    open_reader(memory_store, dataset, tmp_path)
+
+
+def test_a_disk_that_cannot_be_written_is_named(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [20])
+    (tmp_path / "datasets").write_text("a file where the folder should be")
+    with pytest.raises(EnvironmentUnusable, match=r"train-00000\.bin \(40 bytes\)") as caught:
+        open_reader(memory_store, dataset, tmp_path)
+    assert "HEADWAY_CACHE" in caught.value.next_step
+
+
+def test_too_few_samples_for_a_batch(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [20])
+    reader = open_reader(memory_store, dataset, tmp_path)
+    require_samples(reader, at_least=2, what="train")
+    with pytest.raises(RunError, match="holds 2 samples of 8 tokens; 3 are needed"):
+        require_samples(reader, at_least=3, what="train")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from orchestrator.errors import IntegrityError, UsageError
+from orchestrator.release import channels
+from orchestrator.release.channels import Canary, ChannelStatus
+from orchestrator.store import layout
+from tests.unit.fakes import MemoryStore
+
+
+@pytest.fixture
+def store(memory_store: MemoryStore) -> MemoryStore:
+    for number in (1, 2):
+        memory_store.upload(layout.version_manifest("lm", number), b"{}")
+    return memory_store
+
+
+def append(store: MemoryStore, version: int, **more: object) -> channels.ChannelEntry:
+    return channels.append(store, "lm", "production", version=version, by="me", reason="why", **more)  # type: ignore[arg-type]
+
+
+def test_the_newest_entry_is_in_force(store: MemoryStore) -> None:
+    assert channels.newest(store, "lm", "production") is None
+    first = append(store, 1, run_id="run-1")
+    second = append(store, 2, canary=Canary(version=1, weight=0.1))
+    back = append(store, 1)
+    assert [entry.number for entry in (first, second, back)] == [1, 2, 3]
+    assert channels.newest(store, "lm", "production") == back
+    assert channels.history(store, "lm", "production") == [first, second, back]
+    assert channels.newest(store, "lm", "staging") is None
+
+
+def test_an_entry_names_a_version_that_exists(store: MemoryStore) -> None:
+    with pytest.raises(UsageError, match="no version lm@7"):
+        append(store, 7)
+    with pytest.raises(UsageError, match="no version lm@7"):
+        append(store, 1, canary=Canary(version=7, weight=0.5))
+    assert channels.history(store, "lm", "production") == []
+
+
+def test_racing_appends_all_get_a_number(store: MemoryStore) -> None:
+    barrier = threading.Barrier(8)
+
+    def race(_: int) -> int:
+        barrier.wait()
+        return append(store, 1).number
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(race, range(8))) == list(range(1, 9))
+
+
+def test_a_status_is_no_entry(store: MemoryStore) -> None:
+    assert channels.read_status(store, "lm", "production") is None
+    status = ChannelStatus(serving=1, tried=2, rejected={2: "NaN"}, updated_s=5.0)
+    channels.write_status(store, "lm", "production", status)
+    assert channels.read_status(store, "lm", "production") == status
+    assert channels.entry_numbers(store, "lm", "production") == []
+
+
+@pytest.mark.parametrize("data", [b"x", b"[1]", b"{}", b'{"number": 1, "version": 0}'])
+def test_what_is_not_an_entry_is_refused(store: MemoryStore, data: bytes) -> None:
+    store.upload(layout.channel_entry("lm", "production", 1), data)
+    with pytest.raises(IntegrityError, match=r"channels/production/00001\.json"):
+        channels.newest(store, "lm", "production")
+
+
+def test_an_entry_under_another_number_is_refused(store: MemoryStore) -> None:
+    append(store, 1)
+    store.upload(layout.channel_entry("lm", "production", 2), store.get(layout.channel_entry("lm", "production", 1)))
+    with pytest.raises(IntegrityError, match="says that it is entry 1"):
+        channels.newest(store, "lm", "production")

@@ -1,0 +1,1 @@
+"""Programs that run inside Ray. They import orchestrator; orchestrator never imports them."""

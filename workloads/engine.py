@@ -1,0 +1,130 @@
+"""The only caller of DeepSpeed's engine: its config, one optimizer step, and the state to save."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.checkpoint.zero import ZeroState
+from orchestrator.memory import MAX_LIVE_ELEMENTS, Precision, bucket_elements
+from orchestrator.plan import BatchSplit
+from orchestrator.spec import TrainSpec
+
+
+class Engine:
+    """A model under ZeRO. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self, model: nn.Module, *, train: TrainSpec, split: BatchSplit, precision: Precision, device: torch.device
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.device, self.precision = device, precision
+        self._split = split
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, weight_decay=train.optimizer.weight_decay),
+            config=deepspeed_config(
+                train, split, precision=precision, device=device, num_trainable=_num_trainable(model)
+            ),
+            dist_init_required=not torch.distributed.is_initialized(),
+        )
+        self.state = ZeroState(self._engine)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model that computes; call it for the loss."""
+        return self._engine  # type: ignore[no-any-return]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without DeepSpeed's wrapper, for its names and buffers."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    def backward(self, loss_sum: Tensor, *, global_targets: int) -> None:
+        """Accumulate one micro-batch's gradients of (sum of losses over all ranks) / global_targets.
+
+        DeepSpeed divides by the number of micro-batches and averages over ranks; both are undone here, so that
+        the gradient does not depend on how the batch was split.
+        """
+        undo = self._split.accumulation * self._split.world_size
+        self._engine.backward(loss_sum * (undo / global_targets))
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Apply the accumulated gradients. Returns the global gradient norm before clipping, NaN if it has none."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        if norm is None or (self._engine.fp16_enabled() and self._engine.optimizer.overflow):
+            return 0.0  # fp16 skipped this step and lowers its loss scale
+        return float(norm) if norm >= 0 else math.nan  # DeepSpeed says -1 for a norm that is not finite
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on vectors (norms and biases)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def deepspeed_config(
+    train: TrainSpec, split: BatchSplit, *, precision: Precision, device: torch.device, num_trainable: int
+) -> dict[str, Any]:
+    """DeepSpeed's own config for this run. Pure."""
+    optimizer = train.optimizer
+    bucket = bucket_elements(num_trainable)
+    zero: dict[str, Any] = {
+        "stage": train.zero.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_max_live_parameters": MAX_LIVE_ELEMENTS,
+        "overlap_comm": device.type == "cuda",
+    }
+    if train.zero.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": split.micro_rows,
+        "gradient_accumulation_steps": split.accumulation,
+        "train_batch_size": split.micro_rows * split.accumulation * split.world_size,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.learning_rate,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                **({"torch_adam": True} if device.type == "cpu" else {}),
+            },
+        },
+        "zero_optimization": zero,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if train.max_grad_norm is not None:
+        config["gradient_clipping"] = train.max_grad_norm
+    if precision in ("bf16", "fp16"):
+        config[precision] = {"enabled": True}
+    return config
+
+
+def _num_trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def build_cpu_op() -> None:
+    """Compile DeepSpeed's CPU communication op, about half a minute, so that workers find it built."""
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    ShareMemCommBuilder().load(verbose=False)

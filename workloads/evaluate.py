@@ -1,0 +1,105 @@
+"""Evaluates an exported model on the held-out split, its samples shared out over Ray tasks."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orchestrator.dataset.format import DatasetManifest, read_manifest
+from orchestrator.dataset.reader import TokenReader, require_samples
+from orchestrator.errors import RunError
+from orchestrator.release.versions import VersionFile, download_files
+from orchestrator.spec import RunSpec
+from orchestrator.store import Store, open_store
+from workloads.tasks import Samples, Task, task_of
+
+_SEED = 0x0E7A1  # of masks and noise in evaluation; the same for every model that is compared
+
+
+def evaluate(
+    spec: RunSpec, store: Store, dataset: DatasetManifest, *, prefix: str, files: dict[str, VersionFile]
+) -> dict[str, float]:
+    """The task's figures for the model at ``prefix``, with the unigram model's loss beside them."""
+    import ray
+
+    resources = spec.resources
+    num_shares = resources.workers.min
+    remote = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=1 if resources.gpu else 0, max_calls=1)(_share)
+    job = json.dumps(
+        {
+            "spec": spec.model_dump(mode="json"),
+            "store": store.uri,
+            "dataset": [dataset.name, dataset.fingerprint],
+            "prefix": prefix,
+            "files": {name: entry.model_dump(mode="json") for name, entry in files.items()},
+        }
+    )
+    shares = ray.get([remote.remote(job, share, num_shares) for share in range(num_shares)])
+    loss_sum, num_targets = (sum(column) for column in zip(*shares, strict=True))
+    if num_targets == 0:
+        raise RunError("The held-out split gave no targets to evaluate.")
+    figures = task_of(spec, dataset).metrics(
+        loss=loss_sum / num_targets,
+        num_targets=int(num_targets),
+        num_tokens=dataset.eval.num_tokens,
+        num_bytes=dataset.eval.num_bytes,
+    )
+    return {**figures, "unigram_loss": dataset.unigram_loss, "num_targets": int(num_targets)}
+
+
+def _share(job_json: str, share: int, num_shares: int) -> tuple[float, float]:
+    """(sum of losses, number of targets) over every ``num_shares``-th micro-batch of the split."""
+    job = json.loads(job_json)
+    spec, store = RunSpec.model_validate(job["spec"]), open_store(job["store"])
+    dataset = read_manifest(store, *job["dataset"])
+    files = {name: VersionFile.model_validate(entry) for name, entry in job["files"].items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(spec.resources.cpus_per_worker)
+    task = task_of(spec, dataset)
+    with tempfile.TemporaryDirectory(prefix="headway-evaluate-") as folder:
+        directory = Path(folder) / "model"
+        download_files(store, job["prefix"], files, directory)
+        model = task.load_model(directory).to(device).eval()
+    return sum_losses(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device)
+
+
+def sum_losses(
+    spec: RunSpec,
+    task: Task,
+    model: Any,
+    dataset: DatasetManifest,
+    store: Store,
+    *,
+    share: int,
+    num_shares: int,
+    device: torch.device,
+) -> tuple[float, float]:
+    reader = TokenReader(store, dataset, dataset.eval, sequence_length=spec.data.sequence_length)
+    require_samples(reader, at_least=1, what="held-out")
+    num_samples = min(reader.num_samples, spec.gate.max_eval_samples or reader.num_samples)
+    rows = spec.train.micro_batch_size
+    loss_sum = num_targets = 0.0
+    with torch.inference_mode():
+        for start in range(share * rows, num_samples, rows * num_shares):
+            indices = np.arange(start, min(start + rows, num_samples), dtype=np.int64)
+            samples = Samples(
+                tokens=reader.samples(indices),
+                num_real=len(indices),
+                row_rng=partial(_row_rng, start),
+            )
+            batch = task.collate(samples)
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            loss_sum += float(task.loss_sum(model, on_device))
+            num_targets += task.num_targets(batch)
+    return loss_sum, num_targets
+
+
+def _row_rng(first: int, row: int) -> np.random.Generator:
+    return np.random.default_rng([_SEED, first + row])

@@ -1,0 +1,391 @@
+"""What ``headway run`` executes inside a Ray job: prepare -> train -> export -> evaluate -> gate -> release.
+
+Every stage looks in the store at what is committed and does what is missing. So a retry, a restarted head node or
+a second submission of the same run goes on where the last one stopped, and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__
+from orchestrator.checkpoint.catalog import committed_steps, read_manifest
+from orchestrator.dataset.format import DatasetManifest
+from orchestrator.errors import AlreadyExists, AttemptFailed, HeadwayError, Interrupted, NotFound, RunError, TargetError
+from orchestrator.plan import num_steps
+from orchestrator.record import EventLog
+from orchestrator.release import channels
+from orchestrator.release.gate import GateDecision, Serving, decide
+from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
+from orchestrator.release.versions import CheckpointSource, DatasetSource, Version, publish, read_version
+from orchestrator.runs import RunIdentity, identify
+from orchestrator.spec import RunSpec
+from orchestrator.store import Attempt, Store, claim_attempt, layout
+from orchestrator.store.attempts import end_attempt, ensure_newest, request_stop, stop_reason
+from orchestrator.store.probe import require_conditional_writes
+from workloads.evaluate import evaluate
+from workloads.export import Export, export, read_export
+from workloads.prepare import prepare
+from workloads.tasks import check_task, task_of
+from workloads.train import TrainJob, worker
+
+logger = logging.getLogger(__name__)
+
+
+def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, say: Callable[[str], None]) -> Outcome:
+    """Bring a run to its outcome, from wherever it stands.
+
+    Raises:
+        RunError: it failed for good (committed). Interrupted: it was asked to stop. Any other HeadwayError, or
+        Ray's own: this attempt failed, and the next one goes on from what is committed.
+    """
+    check_task(spec)
+    require_conditional_writes(store)
+    identity = identify(spec, store, working_directory)
+    standing = read_outcome(store, identity.run_id)
+    if standing is not None:
+        say(f"{identity.run_id} is {standing.state} already.")
+        return standing
+    _record_spec(store, spec, identity)
+    attempt = claim_attempt(
+        store, identity.run_id, facts={"host": socket.gethostname(), "job": job_id, "headway": __version__}
+    )
+    say(f"{identity.run_id}: attempt {attempt.number}")
+    events = EventLog(store, attempt, "pipeline")
+    try:
+        with _stop_on_signal(store, attempt):
+            pipeline = Pipeline(spec, store, identity, attempt, events, say)
+            outcome = commit_outcome(store, pipeline.execute())
+        events.append("outcome", state=outcome.state, reason=outcome.reason)
+        end_attempt(store, attempt, state=outcome.state, reason=outcome.reason)
+        return outcome
+    except BaseException as e:
+        _record_end(store, attempt, events, e)
+        raise
+    finally:
+        events.close()
+
+
+@dataclass
+class Pipeline:
+    """One attempt's way through the stages."""
+
+    spec: RunSpec
+    store: Store
+    identity: RunIdentity
+    attempt: Attempt
+    events: EventLog
+    say: Callable[[str], None]
+
+    def execute(self) -> Outcome:
+        with self._stage("prepare"):
+            dataset = self._prepare()
+        length = self.spec.data.sequence_length
+        num_samples = dataset.num_samples(dataset.train, length)
+        steps = num_steps(self.spec.train, num_samples, sequence_length=length) or 0
+        with self._stage("train"):
+            self._train(dataset, steps)
+        failed = read_outcome(self.store, self.identity.run_id)
+        if failed is not None:
+            return failed
+        with self._stage("export"):
+            exported = self._export(dataset, steps)
+        with self._stage("evaluate"):
+            evaluation = self._evaluate(dataset, exported)
+        decision, serving = self._gate(dataset, evaluation)
+        facts = self._facts(dataset, exported, evaluation, decision, serving)
+        if not decision.passed:
+            return self._outcome("refused", "; ".join(decision.reasons), facts)
+        if self.spec.release:
+            with self._stage("release"):
+                facts["version"] = self._release(dataset, exported, evaluation, decision)
+        return self._outcome("done", "", facts)
+
+    # -- stages
+
+    def _prepare(self) -> DatasetManifest:
+        if self.identity.dataset is not None:
+            return self.identity.dataset
+        return prepare(self.spec.data, self.spec.name, list(self.identity.files), self.store)
+
+    def _train(self, dataset: DatasetManifest, steps: int) -> None:
+        done = committed_steps(self.store, self.identity.run_id)
+        if done and done[0] >= steps:
+            return
+        job = TrainJob(
+            store=self.store.uri,
+            spec=self.spec,
+            run_id=self.identity.run_id,
+            attempt=self.attempt.number,
+            attempt_nonce=self.attempt.nonce,
+            dataset=(dataset.name, dataset.fingerprint),
+            total_steps=steps,
+        )
+        _fit(job, self.identity.run_id)
+        done = committed_steps(self.store, self.identity.run_id)
+        if read_outcome(self.store, self.identity.run_id) is None and (not done or done[0] < steps):
+            ensure_newest(self.store, self.attempt)
+            reason = stop_reason(self.store, self.attempt) or "training ended early"
+            raise Interrupted(
+                f"{self.identity.run_id} stopped at step {done[0] if done else 0} of {steps}: {reason}.",
+                next_step="Submit the same run file to go on from there.",
+            )
+
+    def _export(self, dataset: DatasetManifest, steps: int) -> Export:
+        standing = read_export(self.store, self.identity.run_id)
+        if standing is not None:
+            return standing
+        return export(self.spec, self.store, self.attempt, task_of(self.spec, dataset), dataset, step=steps)
+
+    def _evaluate(self, dataset: DatasetManifest, exported: Export) -> dict[str, float]:
+        key = layout.evaluation(self.identity.run_id)
+        try:
+            standing: dict[str, float] = self.store.get_json(key)
+            return standing
+        except NotFound:
+            pass
+        found = evaluate(self.spec, self.store, dataset, prefix=exported.prefix, files=exported.files)
+        self.events.append("evaluation", **found)
+        try:
+            self.store.create_json(key, found)
+        except AlreadyExists:
+            return dict(self.store.get_json(key))
+        return found
+
+    def _gate(self, dataset: DatasetManifest, evaluation: dict[str, float]) -> tuple[GateDecision, Serving | None]:
+        serving = None
+        if self.spec.release and self.spec.gate.must_beat_serving:
+            serving = _serving(self.store, self.spec.release.model, self.spec.release.channel, dataset)
+        decision = decide(self.spec.gate, evaluation=evaluation, serving=serving)
+        self.events.append("gate", passed=decision.passed, reasons=list(decision.reasons))
+        return decision, serving
+
+    def _release(
+        self, dataset: DatasetManifest, exported: Export, evaluation: dict[str, float], decision: GateDecision
+    ) -> str:
+        release = self.spec.release
+        if release is None or exported.version is None:
+            raise RunError("This run's export claimed no version, since its run file had no release then.")
+        ensure_newest(self.store, self.attempt)
+        version = Version(
+            model=release.model,
+            number=exported.version,
+            task=self.spec.task,
+            run_id=self.identity.run_id,
+            attempt=self.attempt.number,
+            checkpoint=CheckpointSource(uri=self._checkpoint_uri(exported.step), step=exported.step),
+            dataset=DatasetSource(name=dataset.name, fingerprint=dataset.fingerprint),
+            code_digest=self.identity.code_digest,
+            evaluation=evaluation,
+            gate={"passed": decision.passed, "reasons": list(decision.reasons)},
+            files=exported.files,
+            created_s=time.time(),
+            nonce=self.attempt.nonce,
+        )
+        try:
+            publish(self.store, version)
+        except AlreadyExists:  # an earlier attempt of this very run got this far: the number is its claim
+            version = read_version(self.store, release.model, exported.version)
+        entries = channels.history(self.store, release.model, release.channel)
+        if not any(entry.run_id == self.identity.run_id for entry in entries):
+            channels.append(
+                self.store,
+                release.model,
+                release.channel,
+                version=version.number,
+                by=f"run {self.identity.run_id}",
+                reason="passed the gate",
+                run_id=self.identity.run_id,
+            )
+        return version.name
+
+    # -- what is known
+
+    def _facts(
+        self,
+        dataset: DatasetManifest,
+        exported: Export,
+        evaluation: dict[str, float],
+        decision: GateDecision,
+        serving: Serving | None,
+    ) -> dict[str, Any]:
+        manifest, _ = read_manifest(self.store, self.identity.run_id, exported.step)
+        return {
+            "steps": exported.step,
+            "tokens": manifest.state.tokens,
+            "final_loss": manifest.state.loss,
+            "evaluation": evaluation,
+            "gate": {
+                "passed": decision.passed,
+                "reasons": list(decision.reasons),
+                "against_version": serving.version if serving else None,
+            },
+            "checkpoint": self._checkpoint_uri(exported.step),
+            "dataset": f"{dataset.name}@{dataset.fingerprint}",
+            "export": self.store.uri_of(exported.prefix),
+        }
+
+    def _checkpoint_uri(self, step: int) -> str:
+        return self.store.uri_of(layout.checkpoint(self.identity.run_id, step)).rstrip("/")
+
+    def _outcome(self, state: str, reason: str, facts: dict[str, Any]) -> Outcome:
+        return Outcome(
+            run_id=self.identity.run_id,
+            state=state,  # type: ignore[arg-type]
+            reason=reason,
+            attempt=self.attempt.number,
+            facts=facts,
+            ended_s=time.time(),
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Record a stage and check, before it starts, that it is still ours to do."""
+        ensure_newest(self.store, self.attempt)
+        reason = stop_reason(self.store, self.attempt)
+        if reason:
+            raise Interrupted(f"{self.identity.run_id} stopped before {name}: {reason}.")
+        self.say(f"{name} …")
+        self.events.append("stage_started", stage=name)
+        started = time.monotonic()
+        yield
+        seconds = round(time.monotonic() - started, 2)
+        self.events.append("stage_done", stage=name, seconds=seconds)
+        self.say(f"{name} done in {seconds:.1f} s")
+
+
+def _fit(job: TrainJob, name: str) -> None:
+    """Run the group of workers through Ray Train until it ends, restarting it where a worker dies.
+
+    Raises:
+        AttemptFailed: it kept failing; the message ends with the first worker's last line.
+    """
+    import ray.train
+    import ray.train.torch
+
+    resources = job.spec.resources
+    workers = resources.workers
+    with tempfile.TemporaryDirectory(prefix="headway-train-") as scratch:
+        trainer = ray.train.torch.TorchTrainer(
+            worker,
+            train_loop_config=job.model_dump(mode="json"),
+            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
+                use_gpu=resources.gpu is not None,
+                resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
+                accelerator_type=resources.gpu if resources.gpu not in (None, "any") else None,
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as e:
+            lines = [line for line in str(e).splitlines() if line.strip()]
+            raise AttemptFailed(
+                f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
+                next_step=f"See the workers' own words: headway logs {name}",
+            ) from e
+
+
+def _serving(store: Store, model: str, channel: str, dataset: DatasetManifest) -> Serving | None:
+    """The version in force on the channel, as the gate sees it."""
+    entry = channels.newest(store, model, channel)
+    if entry is None:
+        return None
+    version = read_version(store, model, entry.version)
+    return Serving(
+        version=version.number,
+        evaluation=version.evaluation,
+        same_split=version.dataset.fingerprint == dataset.fingerprint,
+    )
+
+
+def _record_spec(store: Store, spec: RunSpec, identity: RunIdentity) -> None:
+    facts = {
+        "spec": spec.model_dump(mode="json"),
+        "run_id": identity.run_id,
+        "dataset_fingerprint": identity.dataset_fingerprint,
+        "code_digest": identity.code_digest,
+        "headway": __version__,
+    }
+    try:
+        store.create_json(layout.run_spec(identity.run_id), facts)
+    except AlreadyExists:
+        return  # the first one stands; later ones differ only in what does not change the weights
+
+
+def _record_end(store: Store, attempt: Attempt, events: EventLog, error: BaseException) -> None:
+    """Say how an attempt ended that reached no outcome."""
+    interrupted = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
+    state, reason = ("stopped" if interrupted else "failed"), str(error) or type(error).__name__
+    exit_code = error.exit_code if isinstance(error, HeadwayError) else 1
+    events.append("attempt_ended", state=state, reason=reason, exit_code=exit_code)
+    try:
+        end_attempt(store, attempt, state=state, reason=reason)
+    except HeadwayError as e:
+        logger.warning("How attempt %d ended could not be recorded: %s", attempt.number, e)
+
+
+@contextmanager
+def _stop_on_signal(store: Store, attempt: Attempt) -> Iterator[None]:
+    """SIGTERM asks this attempt to save and end: ranks see the request in the store, agree on it, and save."""
+
+    def ask(number: int, _frame: object) -> None:
+        reason = f"the job was asked to stop ({signal.Signals(number).name})"
+        thread = threading.Thread(
+            target=request_stop, args=(store, attempt.run_id, attempt.number), kwargs={"reason": reason}, daemon=True
+        )
+        thread.start()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def connect(say: Callable[[str], None]) -> str:
+    """Join the Ray cluster that this process runs in or that RAY_ADDRESS names. Returns this job's id.
+
+    Raises:
+        TargetError: there is none.
+    """
+    import ray
+
+    try:
+        context = ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "auto",
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": "orchestrator.pinning.pin"},
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as e:
+        raise TargetError(
+            f"There is no Ray cluster to run on: {e}.",
+            next_step="Start the embedded one (headway up), or submit to one (headway submit).",
+        ) from e
+    say(f"on Ray {ray.__version__} at {context.address_info.get('gcs_address', 'local')}")
+    return _submission_id(os.environ) or str(ray.get_runtime_context().get_job_id())
+
+
+def _submission_id(environ: Mapping[str, str]) -> str:
+    """The id that this job was submitted under, by which the Jobs API finds it; empty outside of a job."""
+    config = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return str(config.get("metadata", {}).get("job_submission_id", ""))
