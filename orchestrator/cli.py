@@ -6,6 +6,8 @@ deepspeed or transformers is needed to plan, submit, list or show.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +22,13 @@ from orchestrator.reporter import Reporter
 app = typer.Typer(
     name="headway",
     help="From one run file to a served model: ZeRO training on Ray, safe checkpoints, gated releases.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# What typer raises for a wrong command line. Of this family it exports only one member, and its home has moved.
+_WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")]
 StoreUri = Annotated[str | None, typer.Option("--store", help="s3://bucket/prefix; default $HEADWAY_STORE.")]
@@ -43,19 +47,37 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code. A person's mistake is one message, never a traceback."""
     reporter = Reporter(json_mode="--json" in arguments)
+    command = typer.main.get_command(app)
     try:
-        app(arguments, standalone_mode=False)
+        # Not app(): what that makes of Ctrl-C and of typer.Exit differs from one release of typer to the next.
+        with command.make_context("headway", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
     except typer.Exit as e:
         return e.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return reporter.error(Interrupted("Interrupted."))
     except HeadwayError as e:
         return reporter.error(e)
-    except Exception as e:
-        if type(e).__module__.startswith("click.") and hasattr(e, "format_message"):
-            return reporter.error(UsageError(e.format_message(), next_step="See: headway --help"))
-        raise
+    except _WrongUsage as e:
+        return reporter.error(_usage_error(e))
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        return reporter.error(_unusable(e))
     return 0
+
+
+def _usage_error(error: Exception) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "headway"
+    return UsageError(error.format_message(), next_step=f"See: {path} --help")  # type: ignore[attr-defined]
+
+
+def _unusable(error: OSError) -> EnvironmentUnusable:
+    where = f"{error.filename}: " if error.filename else ""
+    step = "Free some space on that disk." if error.errno == errno.ENOSPC else "Check that it exists and may be used."
+    return EnvironmentUnusable(f"{where}{error.strerror or error}.", next_step=step)
 
 
 def _version(wanted: bool) -> None:
@@ -139,11 +161,11 @@ def init(
 
 
 @app.command()
-def schema() -> None:
-    """Print the run file's JSON Schema."""
+def schema(json: Json = False) -> None:
+    """Print the run file's JSON Schema. It is JSON with or without --json."""
     from orchestrator.commands.files import schema as command
 
-    Reporter(json_mode=True).result(*command())
+    Reporter(json_mode=json).result(*command())
 
 
 @app.command()

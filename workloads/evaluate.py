@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,18 @@ def evaluate(
         }
     )
     shares = ray.get([remote.remote(job, share, num_shares) for share in range(num_shares)])
-    loss_sum, num_targets = (sum(column) for column in zip(*shares, strict=True))
+    num_targets = sum(count for _, count in shares)
     if num_targets == 0:
         raise RunError("The held-out split gave no targets to evaluate.")
-    figures = task_of(spec, dataset).metrics(
-        loss=loss_sum / num_targets,
-        num_targets=int(num_targets),
-        num_tokens=dataset.eval.num_tokens,
-        num_bytes=dataset.eval.num_bytes,
-    )
-    return {**figures, "unigram_loss": dataset.unigram_loss, "num_targets": int(num_targets)}
+    sums: Counter[str] = Counter()
+    for part, _ in shares:
+        sums.update(part)
+    figures = task_of(spec, dataset).metrics(sums, num_targets=num_targets, split=dataset.eval)
+    return {**figures, "unigram_loss": dataset.unigram_loss, "num_targets": num_targets}
 
 
-def _share(job_json: str, share: int, num_shares: int) -> tuple[float, float]:
-    """(sum of losses, number of targets) over every ``num_shares``-th micro-batch of the split."""
+def _share(job_json: str, share: int, num_shares: int) -> tuple[dict[str, float], int]:
+    """:func:`add_up` of every ``num_shares``-th micro-batch, as a Ray task."""
     job = json.loads(job_json)
     spec, store = RunSpec.model_validate(job["spec"]), open_store(job["store"])
     dataset = read_manifest(store, *job["dataset"])
@@ -67,10 +66,10 @@ def _share(job_json: str, share: int, num_shares: int) -> tuple[float, float]:
         directory = Path(folder) / "model"
         download_files(store, job["prefix"], files, directory)
         model = task.load_model(directory).to(device).eval()
-    return sum_losses(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device)
+    return add_up(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device)
 
 
-def sum_losses(
+def add_up(
     spec: RunSpec,
     task: Task,
     model: Any,
@@ -80,25 +79,27 @@ def sum_losses(
     share: int,
     num_shares: int,
     device: torch.device,
-) -> tuple[float, float]:
+) -> tuple[dict[str, float], int]:
+    """The task's sums and the number of targets over one share of the held-out split."""
     reader = TokenReader(store, dataset, dataset.eval, sequence_length=spec.data.sequence_length)
     require_samples(reader, at_least=1, what="held-out")
     num_samples = min(reader.num_samples, spec.gate.max_eval_samples or reader.num_samples)
     rows = spec.train.micro_batch_size
-    loss_sum = num_targets = 0.0
+    sums: Counter[str] = Counter()
+    num_targets = 0
     with torch.inference_mode():
         for start in range(share * rows, num_samples, rows * num_shares):
             indices = np.arange(start, min(start + rows, num_samples), dtype=np.int64)
             samples = Samples(
-                tokens=reader.samples(indices),
+                rows={"tokens": reader.samples(indices)},
                 num_real=len(indices),
                 row_rng=partial(_row_rng, start),
             )
             batch = task.collate(samples)
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            loss_sum += float(task.loss_sum(model, on_device))
+            sums.update(task.eval_sums(model, on_device))  # type: ignore[arg-type]  # a Counter adds floats as well
             num_targets += task.num_targets(batch)
-    return loss_sum, num_targets
+    return dict(sums), num_targets
 
 
 def _row_rng(first: int, row: int) -> np.random.Generator:

@@ -6,15 +6,12 @@ a second submission of the same run goes on where the last one stopped, and repe
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,7 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.checkpoint.catalog import committed_steps, read_manifest
 from orchestrator.dataset.format import DatasetManifest
-from orchestrator.errors import AlreadyExists, AttemptFailed, HeadwayError, Interrupted, NotFound, RunError, TargetError
+from orchestrator.errors import AlreadyExists, HeadwayError, Interrupted, NotFound, RunError
 from orchestrator.plan import num_steps
 from orchestrator.record import EventLog
 from orchestrator.release import channels
@@ -35,11 +32,12 @@ from orchestrator.spec import RunSpec
 from orchestrator.store import Attempt, Store, claim_attempt, layout
 from orchestrator.store.attempts import end_attempt, ensure_newest, request_stop, stop_reason
 from orchestrator.store.probe import require_conditional_writes
+from workloads.cluster import fit
 from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
 from workloads.prepare import prepare
 from workloads.tasks import check_task, task_of
-from workloads.train import TrainJob, worker
+from workloads.train import TrainJob
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +131,7 @@ class Pipeline:
             dataset=(dataset.name, dataset.fingerprint),
             total_steps=steps,
         )
-        _fit(job, self.identity.run_id)
+        fit(job, self.identity.run_id)
         done = committed_steps(self.store, self.identity.run_id)
         if read_outcome(self.store, self.identity.run_id) is None and (not done or done[0] < steps):
             ensure_newest(self.store, self.attempt)
@@ -266,44 +264,6 @@ class Pipeline:
         self.say(f"{name} done in {seconds:.1f} s")
 
 
-def _fit(job: TrainJob, name: str) -> None:
-    """Run the group of workers through Ray Train until it ends, restarting it where a worker dies.
-
-    Raises:
-        AttemptFailed: it kept failing; the message ends with the first worker's last line.
-    """
-    import ray.train
-    import ray.train.torch
-
-    resources = job.spec.resources
-    workers = resources.workers
-    with tempfile.TemporaryDirectory(prefix="headway-train-") as scratch:
-        trainer = ray.train.torch.TorchTrainer(
-            worker,
-            train_loop_config=job.model_dump(mode="json"),
-            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
-                use_gpu=resources.gpu is not None,
-                resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
-                accelerator_type=resources.gpu if resources.gpu not in (None, "any") else None,
-            ),
-            run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            ),
-        )
-        try:
-            trainer.fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as e:
-            lines = [line for line in str(e).splitlines() if line.strip()]
-            raise AttemptFailed(
-                f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
-                next_step=f"See the workers' own words: headway logs {name}",
-            ) from e
-
-
 def _serving(store: Store, model: str, channel: str, dataset: DatasetManifest) -> Serving | None:
     """The version in force on the channel, as the gate sees it."""
     entry = channels.newest(store, model, channel)
@@ -359,33 +319,3 @@ def _stop_on_signal(store: Store, attempt: Attempt) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def connect(say: Callable[[str], None]) -> str:
-    """Join the Ray cluster that this process runs in or that RAY_ADDRESS names. Returns this job's id.
-
-    Raises:
-        TargetError: there is none.
-    """
-    import ray
-
-    try:
-        context = ray.init(
-            address=os.environ.get("RAY_ADDRESS") or "auto",
-            log_to_driver=True,
-            logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": "orchestrator.pinning.pin"},
-        )
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as e:
-        raise TargetError(
-            f"There is no Ray cluster to run on: {e}.",
-            next_step="Start the embedded one (headway up), or submit to one (headway submit).",
-        ) from e
-    say(f"on Ray {ray.__version__} at {context.address_info.get('gcs_address', 'local')}")
-    return _submission_id(os.environ) or str(ray.get_runtime_context().get_job_id())
-
-
-def _submission_id(environ: Mapping[str, str]) -> str:
-    """The id that this job was submitted under, by which the Jobs API finds it; empty outside of a job."""
-    config = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return str(config.get("metadata", {}).get("job_submission_id", ""))

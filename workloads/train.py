@@ -6,12 +6,9 @@ import logging
 import math
 import os
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,21 +20,19 @@ from orchestrator.checkpoint.format import State
 from orchestrator.checkpoint.resume import resume_newest
 from orchestrator.checkpoint.save import CheckpointWriter
 from orchestrator.dataset.format import read_manifest
-from orchestrator.dataset.order import SampleOrder
-from orchestrator.dataset.reader import TokenReader, require_samples
-from orchestrator.errors import Fenced, HeadwayError, RunError
-from orchestrator.plan import BatchSplit, resolve_precision, split_batch
-from orchestrator.record import EventLog
+from orchestrator.errors import Fenced, RunError
+from orchestrator.plan import resolve_precision, split_batch
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.schedule import learning_rate
 from orchestrator.spec import RunSpec
-from orchestrator.store import Attempt, Store, open_store
-from orchestrator.store.attempts import ensure_newest, stop_reason
+from orchestrator.store import Attempt, open_store
+from orchestrator.store.attempts import ensure_newest
 from workloads.engine import Engine
-from workloads.tasks import Batch, Samples, Task, task_of
+from workloads.feed import BatchFeed, open_feed
+from workloads.observer import Observer, observed
+from workloads.tasks import Batch, Task, task_of
 
 logger = logging.getLogger(__name__)
-MONITOR_S = 2.0  # between two looks for a stop request or a newer attempt
 
 
 class TrainJob(BaseModel):
@@ -79,20 +74,13 @@ def train(
         return "failed"
     ensure_newest(store, attempt)
     manifest = read_manifest(store, *job.dataset)
-    reader = TokenReader(store, manifest, manifest.train, sequence_length=spec.data.sequence_length)
-    require_samples(reader, at_least=spec.train.global_batch_size, what="train")
-    order = SampleOrder(fingerprint=manifest.fingerprint, seed=spec.train.seed, num_samples=reader.num_samples)
     task = task_of(spec, manifest)
-    split = split_batch(
-        world_size=world_size,
-        global_batch_size=spec.train.global_batch_size,
-        micro_batch_size=spec.train.micro_batch_size,
-    )
+    split = split_batch(spec.train.global_batch_size, world_size, spec.train.micro_batch_size)
+    batches = open_feed(spec, store, manifest, task, split, rank=rank, device=device)
     torch.manual_seed(spec.train.seed)
     precision = resolve_precision(spec.train.precision, gpu=device.type == "cuda", native_bf16=_has_native_bf16(device))
     engine = Engine(task.build_model(), train=spec.train, split=split, precision=precision, device=device)
     resumed = resume_newest(store, job.run_id, engine.state, engine.model, rank=rank)
-    first_step = resumed.state.step if resumed else 0
     writer = CheckpointWriter(
         store,
         attempt,
@@ -103,205 +91,116 @@ def train(
         group_nonce=_shared_nonce(rank),
         keep=spec.checkpoint.keep,
     )
-    batches = BatchFeed(task, reader, order, split, rank=rank, seed=spec.train.seed, device=device)
     try:
-        with _observed(store, attempt, rank=rank) as observer:
-            observer.note("training", first_step=first_step, total_steps=job.total_steps, world_size=world_size)
-            return _steps(job, engine, task, batches, writer, observer, on_step, first_step, rank)
+        with observed(store, attempt, rank=rank) as observer:
+            loop = Loop(job, rank, task, engine, batches, writer, observer, on_step)
+            return loop.run(resumed.state.step if resumed else 0)
     finally:
         writer.close()
         batches.close()
 
 
-def _steps(
-    job: TrainJob,
-    engine: Engine,
-    task: Task,
-    batches: BatchFeed,
-    writer: CheckpointWriter,
-    observer: Observer,
-    on_step: Callable[[dict[str, float]], None],
-    first_step: int,
-    rank: int,
-) -> End:
-    """The loop itself. One small all-reduce a step carries the loss, the stop and the next step's target count."""
-    spec, total_steps = job.spec, job.total_steps
-    tokens_per_step = spec.train.global_batch_size * spec.data.sequence_length
-    micro_batches = batches.take(first_step)
-    (targets,) = _sum_over_ranks(_count(task, micro_batches))
-    for step in range(first_step, total_steps):
-        started = time.perf_counter()
-        batches.prefetch(step + 1)
-        torch.manual_seed(_step_seed(spec.train.seed, step, rank))
-        loss_sum = torch.zeros((), device=engine.device)
-        for batch in micro_batches:
-            loss = task.loss_sum(engine.module, batch)
-            loss_sum += loss.detach()
-            engine.backward(loss, global_targets=int(targets))
-        rate = learning_rate(spec.train.optimizer, step=step, total_steps=total_steps)
-        grad_norm = engine.step(rate)
+@dataclass(frozen=True)
+class Loop:
+    """The training loop of one rank."""
 
-        micro_batches = batches.take(step + 1)
-        total_loss, next_targets, stops = _sum_over_ranks(
-            float(loss_sum), _count(task, micro_batches), observer.stop_wanted
-        )
-        mean_loss, targets = total_loss / targets, next_targets
-        if not math.isfinite(mean_loss + grad_norm):
-            raise RunError(
-                f"The loss became {mean_loss} and the gradient norm {grad_norm} at step {step + 1}.",
-                next_step="Lower train.optimizer.learning_rate, add warmup_steps, or look at the data of that step.",
+    job: TrainJob
+    rank: int
+    task: Task
+    engine: Engine
+    batches: BatchFeed
+    writer: CheckpointWriter
+    observer: Observer
+    on_step: Callable[[dict[str, float]], None]
+
+    def run(self, first_step: int) -> End:
+        """Steps, and checkpoints between them. One small all-reduce a step carries all that ranks must agree on."""
+        job, every_steps, total_steps = self.job, self.job.spec.checkpoint.every_steps, self.job.total_steps
+        world_size = dist.get_world_size()
+        self.observer.note("training", first_step=first_step, total_steps=total_steps, world_size=world_size)
+        micro_batches = self.batches.take(first_step)
+        (targets,) = _sum_over_ranks(self._count(micro_batches))
+        for step in range(first_step, total_steps):
+            started = time.perf_counter()
+            self.batches.prefetch(step + 1)
+            rate = learning_rate(job.spec.train.optimizer, step=step, total_steps=total_steps)
+            loss_sum, grad_norm = self._compute(step, micro_batches, targets, rate)
+            micro_batches = self.batches.take(step + 1)
+            loss_sum, next_targets, stops = _sum_over_ranks(
+                loss_sum, self._count(micro_batches), self.observer.stop_wanted
             )
-        elapsed = time.perf_counter() - started
+            loss, targets = loss_sum / max(targets, 1.0), next_targets
+            require_finite(loss, grad_norm, step=step + 1)
+            self._report(step + 1, loss, rate, grad_norm, time.perf_counter() - started)
+            is_last, stopping = step + 1 == total_steps, stops > 0
+            if is_last or stopping or (step + 1) % every_steps == 0:
+                self.writer.save(self._scalars(step + 1, loss))
+            self.observer.saves(self.writer)
+            if stopping and not is_last:
+                self._finish()
+                return "stopped"
+        self._finish()
+        return "complete"
+
+    def _compute(self, step: int, micro_batches: list[Batch], targets: float, rate: float) -> tuple[float, float]:
+        """One optimizer step. Returns this rank's sum of losses and the global gradient norm."""
+        torch.manual_seed(_step_seed(self.job.spec.train.seed, step, self.rank))
+        loss_sum = torch.zeros((), device=self.engine.device)
+        for batch in micro_batches:
+            loss = self.task.loss_sum(self.engine.module, batch)
+            loss_sum += loss.detach()
+            self.engine.backward(loss, global_targets=max(1, int(targets)))
+        return float(loss_sum), self.engine.step(rate)
+
+    def _report(self, step: int, loss: float, rate: float, grad_norm: float, elapsed_s: float) -> None:
         figures = {
-            "step": step + 1,
-            "loss": mean_loss,
+            "step": step,
+            "loss": loss,
             "learning_rate": rate,
             "grad_norm": grad_norm,
-            "tokens": (step + 1) * tokens_per_step,
-            "tokens_per_s": tokens_per_step / elapsed,
-            "step_s": elapsed,
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_s": self.tokens_per_step / elapsed_s,
+            "step_s": elapsed_s,
         }
-        observer.step(figures)
-        on_step(figures)
-        stopping = stops > 0
-        if (step + 1) % spec.checkpoint.every_steps == 0 or step + 1 == total_steps or stopping:
-            writer.save(_scalars(job, engine, step + 1, tokens_per_step, mean_loss))
-        observer.saves(writer)
-        if stopping and step + 1 < total_steps:
-            _finish(writer, observer)
-            return "stopped"
-    _finish(writer, observer)
-    return "complete"
+        self.observer.step(figures)
+        self.on_step(figures)
+
+    def _finish(self) -> None:
+        """Wait for the last save; unlike those before, its failure is the run's."""
+        saved = self.writer.wait()
+        self.observer.saves(self.writer)
+        if saved is not None and saved.error is not None:
+            raise saved.error
+
+    def _scalars(self, step: int, loss: float) -> State:
+        return State(
+            step=step,
+            tokens=step * self.tokens_per_step,
+            loss=loss,
+            precision=self.engine.precision,
+            optimizer_step=self.engine.state.optimizer_step,
+            spec_sha256=self.job.spec.sha256(),
+            dataset_fingerprint=self.job.dataset[1],
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.job.spec.train.global_batch_size * self.job.spec.data.sequence_length
+
+    def _count(self, micro_batches: list[Batch]) -> float:
+        return float(sum(self.task.num_targets(batch) for batch in micro_batches))
 
 
-def _finish(writer: CheckpointWriter, observer: Observer) -> None:
-    """Wait for the last save; unlike those before, its failure is the run's."""
-    saved = writer.wait()
-    observer.saves(writer)
-    if saved is not None and saved.error is not None:
-        raise saved.error
-
-
-def _scalars(job: TrainJob, engine: Engine, step: int, tokens_per_step: int, loss: float) -> State:
-    return State(
-        step=step,
-        tokens=step * tokens_per_step,
-        loss=loss,
-        precision=engine.precision,
-        optimizer_step=engine.state.optimizer_step,
-        spec_sha256=job.spec.sha256(),
-        dataset_fingerprint=job.dataset[1],
-    )
-
-
-class BatchFeed:
-    """This rank's micro-batches of each step, built one step ahead on a thread."""
-
-    def __init__(
-        self,
-        task: Task,
-        reader: TokenReader,
-        order: SampleOrder,
-        split: BatchSplit,
-        *,
-        rank: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self._task, self._reader, self._order, self._split = task, reader, order, split
-        self._rows = split.rows_of(rank)
-        self._seed, self._device = seed, device
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: dict[int, Any] = {}
-
-    def prefetch(self, step: int) -> None:
-        if step not in self._ahead:
-            self._ahead[step] = self._pool.submit(self._build, step)
-
-    def take(self, step: int) -> list[Batch]:
-        """The micro-batches of ``step``: ``accumulation`` of them with ``micro_rows`` rows each."""
-        self.prefetch(step)
-        batches: list[Batch] = self._ahead.pop(step).result()
-        if self._device.type == "cpu":
-            return batches
-        return [{k: v.to(self._device, non_blocking=True) for k, v in batch.items()} for batch in batches]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _build(self, step: int) -> list[Batch]:
-        indices = self._order.batch(step, self._split.global_batch_size)
-        batches = []
-        for micro in range(self._split.accumulation):
-            start = self._rows.start + micro * self._split.micro_rows
-            mine = range(min(start, self._rows.stop), min(start + self._split.micro_rows, self._rows.stop))
-            padded = [*mine, *[self._rows.start] * (self._split.micro_rows - len(mine))]
-            samples = Samples(
-                tokens=self._reader.samples(indices[padded]),
-                num_real=len(mine),
-                row_rng=partial(_row_rng, self._seed, step, padded),
-            )
-            batches.append(self._task.collate(samples))
-        return batches
-
-
-class Observer:
-    """What rank 0 tells the world, and what the world tells rank 0. Other ranks' observers do nothing."""
-
-    def __init__(self, store: Store, attempt: Attempt, *, rank: int) -> None:
-        self.stop_wanted = 0.0
-        self._events = EventLog(store, attempt, "train") if rank == 0 else None
-        self._store, self._attempt = store, attempt
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-        if rank == 0:
-            self._thread.start()
-
-    def note(self, kind: str, **fields: Any) -> None:
-        if self._events:
-            self._events.append(kind, **fields)
-
-    def step(self, figures: dict[str, float]) -> None:
-        self.note("step", **{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()})
-
-    def saves(self, writer: CheckpointWriter) -> None:
-        for saved in writer.take_results():
-            kind = "checkpoint" if saved.error is None else "checkpoint_failed"
-            error = {"error": str(saved.error)} if saved.error else {}
-            self.note(kind, step=saved.step, seconds=round(saved.seconds, 3), **error)
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        if self._events:
-            self._events.close()
-
-    def _watch(self) -> None:
-        while not self._closed.wait(MONITOR_S):
-            try:
-                reason = stop_reason(self._store, self._attempt)
-            except HeadwayError as e:
-                logger.warning("Whether this attempt is to stop cannot be seen now: %s", e)
-                continue
-            if reason:
-                logger.warning("Stopping after this step: %s.", reason)
-                self.note("stopping", reason=reason)
-                self.stop_wanted = 1.0
-                return
-
-
-@contextmanager
-def _observed(store: Store, attempt: Attempt, *, rank: int) -> Iterator[Observer]:
-    observer = Observer(store, attempt, rank=rank)
-    try:
-        yield observer
-    finally:
-        observer.close()
-
-
-def _count(task: Task, micro_batches: list[Batch]) -> float:
-    return float(sum(task.num_targets(batch) for batch in micro_batches))
+def require_finite(loss: float, grad_norm: float, *, step: int) -> None:
+    """
+    Raises:
+        RunError: the step's loss or gradient is NaN or infinite; going on would only save broken weights.
+    """
+    if not math.isfinite(loss + grad_norm):
+        raise RunError(
+            f"The loss became {loss} and the gradient norm {grad_norm} at step {step}.",
+            next_step="Lower train.optimizer.learning_rate, add warmup_steps, or look at the data of that step.",
+        )
 
 
 def _sum_over_ranks(*values: float) -> list[float]:
@@ -315,10 +214,6 @@ def _shared_nonce(rank: int) -> str:
     drawn = torch.tensor([secrets.randbits(32) if rank == 0 else 0], dtype=torch.int64)
     dist.broadcast(drawn, src=0)
     return f"{int(drawn):08x}"
-
-
-def _row_rng(seed: int, step: int, rows: list[int], row: int) -> np.random.Generator:
-    return np.random.default_rng([seed, step, rows[row]])
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -343,7 +238,7 @@ def worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(job.spec.resources.cpus_per_worker)
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
-        train(job, rank=rank, world_size=world_size, device=device, on_step=_ray_metrics(job, rank))
+        train(job, rank=rank, world_size=world_size, device=device, on_step=ray_metrics(job, rank))
     except RunError as e:
         # A retry cannot change this: it is committed, so that neither Ray nor a later attempt tries again.
         store = open_store(job.store)
@@ -353,7 +248,7 @@ def worker(config: dict[str, Any]) -> None:
         logger.warning("%s", e)
 
 
-def _ray_metrics(job: TrainJob, rank: int) -> Callable[[dict[str, float]], None]:
+def ray_metrics(job: TrainJob, rank: int) -> Callable[[dict[str, float]], None]:
     """Training's figures as Ray metrics, for the dashboard and Prometheus."""
     if rank != 0:
         return lambda _: None

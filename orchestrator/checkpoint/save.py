@@ -138,18 +138,19 @@ class CheckpointWriter:
     def _write(self, scalars: State) -> Saved:
         started = time.perf_counter()
         size_bytes = self._image.size_bytes
+        folder = layout.checkpoint(self._attempt.run_id, scalars.step)
         try:
-            folder = layout.checkpoint(self._attempt.run_id, scalars.step)
             self._upload(folder)
             if self._rank == 0:
                 self._commit(folder, scalars)
                 remove_old(self._store, self._attempt, keep=self._keep)
         except HeadwayError as e:
+            self._tell_failed(folder, e)
             return Saved(step=scalars.step, seconds=time.perf_counter() - started, size_bytes=size_bytes, error=e)
         return Saved(step=scalars.step, seconds=time.perf_counter() - started, size_bytes=size_bytes)
 
     def _upload(self, folder: str) -> None:
-        name = f"{self._group}/rank-{self._rank:05d}"
+        name = self._rank_name(self._rank)
         data = self._image.file_bytes()
         index = block_index(data)
         self._store.upload(f"{folder}{name}.safetensors", bytes(data))
@@ -162,6 +163,18 @@ class CheckpointWriter:
         )
         published = {"file": file.model_dump(mode="json"), **self._image.describe()}
         self._store.create_json(f"{folder}{name}.json", published)
+
+    def _tell_failed(self, folder: str, error: HeadwayError) -> None:
+        """Let rank 0 know, so that it does not wait for this rank in vain."""
+        if self._rank == 0:
+            return
+        try:
+            self._store.create_json(f"{folder}{self._rank_name(self._rank)}.failed.json", {"error": str(error)})
+        except HeadwayError as e:
+            logger.warning("That rank %d's upload failed could not be told: %s", self._rank, e)
+
+    def _rank_name(self, rank: int) -> str:
+        return f"{self._group}/rank-{rank:05d}"
 
     def _commit(self, folder: str, scalars: State) -> None:
         published = self._await_ranks(folder)
@@ -199,15 +212,21 @@ class CheckpointWriter:
         """What each rank published, in rank order.
 
         Raises:
-            StoreError: some ranks did not finish in time; it names them.
+            StoreError: some ranks failed, or did not finish in time; it names them.
         """
-        wanted = {f"{folder}{self._group}/rank-{rank:05d}.json": rank for rank in range(self._world_size)}
+        wanted = {f"{folder}{self._rank_name(rank)}.json": rank for rank in range(self._world_size)}
         deadline = time.monotonic() + COMMIT_TIMEOUT_S
         while True:
             there = {item.key for item in self._store.list(f"{folder}{self._group}/")}
             missing = [rank for key, rank in wanted.items() if key not in there]
             if not missing:
                 return [self._store.get_json(key) for key in wanted]
+            failed = [rank for rank in missing if f"{folder}{self._rank_name(rank)}.failed.json" in there]
+            if failed:
+                raise StoreError(
+                    f"{self._store.uri_of(folder)}: ranks {failed} could not upload their part; "
+                    "the checkpoint is not committed."
+                )
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"{self._store.uri_of(folder)}: ranks {missing} did not finish uploading "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.errors import EnvironmentUnusable, UsageError
 from orchestrator.store import Store, open_store
-from orchestrator.store.s3 import STORE_VARIABLE
+from orchestrator.store.s3 import PROMPT, STORE_VARIABLE, Patience
 from orchestrator.targets import stack as stacks
 from orchestrator.targets.jobs_api import JobsApiTarget
 from orchestrator.targets.stack import Stack
@@ -19,17 +19,15 @@ def find_stack() -> Stack | None:
     return stack if stack is not None and stacks.running(stack) else None
 
 
-def find_store(uri: str | None) -> Store:
+def find_store(uri: str | None, *, patience: Patience = PROMPT) -> Store:
     """The store that ``--store`` or HEADWAY_STORE names, else the embedded stack's.
 
     Raises:
-        UsageError: none is named and no stack runs here.
+        UsageError: none is named and there is no stack here. EnvironmentUnusable: there is one, but it does not run.
     """
-    if not uri and not os.environ.get(STORE_VARIABLE):
-        stack = find_stack()
-        if stack is not None:
-            stack.apply_to(os.environ)
-    return open_store(uri)
+    if not uri and not os.environ.get(STORE_VARIABLE) and stacks.find(Path.cwd()) is not None:
+        require_stack().apply_to(os.environ)
+    return open_store(uri, patience=patience)
 
 
 def find_target(name: str) -> JobsApiTarget:
@@ -51,7 +49,12 @@ def require_stack() -> Stack:
     Raises:
         EnvironmentUnusable: none runs here.
     """
-    stack = find_stack()
+    stack = stacks.find(Path.cwd())
+    if stack is not None and not stacks.running(stack):
+        raise EnvironmentUnusable(
+            f"The embedded stack in {stack.directory} does not run.",
+            next_step="Start it, with its data: headway up",
+        )
     if stack is None:
         raise EnvironmentUnusable(
             f"No embedded stack runs in {Path.cwd()} or above it.",

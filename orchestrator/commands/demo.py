@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def demo(directory: Path | None, options: StackOptions, reporter: Reporter) -> R
         "store": stack.store,
         "timings_s": clock.timings_s(),
     }
-    return facts, closing_words(facts)
+    return facts, closing_words(facts, bold=sys.stdout.isatty())
 
 
 def _train(
@@ -117,7 +118,7 @@ def _train(
     if sent.outcome is None:
         try:
             with clock.stage("run"):
-                watched = watch(sent.run_id, sent.submission_id, store, cluster, reporter)
+                watched = watch(sent.run_id, sent.submission_id, store, cluster, reporter, from_attempt=sent.attempt)
         except Interrupted as e:
             reporter.say("Interrupted: the run saves and ends …")
             stop_run(sent.run_id, store, cluster, timeout_s=60.0, reporter=reporter)
@@ -181,7 +182,7 @@ def complete(endpoint: str) -> str:
         raise TargetError(f"{endpoint}/v1/completions did not answer: {e}.", next_step="See the dashboard.") from e
 
 
-def closing_words(facts: dict[str, Any]) -> str:
+def closing_words(facts: dict[str, Any], *, bold: bool = False) -> str:
     """What a person sees at the end: what was learned, what to look at, how to stop."""
     evaluation, timings = facts["eval"], facts["timings_s"]
     better = 1 - evaluation["loss"] / evaluation["unigram_loss"]
@@ -195,7 +196,7 @@ def closing_words(facts: dict[str, Any]) -> str:
             f"{evaluation['unigram_loss']:.3f}; perplexity {evaluation['perplexity']:.1f}, "
             f"{evaluation['bits_per_byte']:.2f} bits per byte.",
             "",
-            f"  {PROMPT}\033[1m{facts['completion']}\033[0m",
+            f"  {PROMPT}\033[1m{facts['completion']}\033[0m" if bold else f"  {PROMPT}{facts['completion']}",
             "",
             f"dashboard   {facts['dashboard']}",
             f"endpoint    curl {facts['endpoint']}/v1/completions -H 'Content-Type: application/json' -d '{body}'",

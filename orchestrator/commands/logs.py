@@ -18,7 +18,7 @@ _POLL_S = 0.5
 
 
 def logs(run_id: str, *, target: str, store_uri: str | None, follow: bool, reporter: Reporter) -> Result:
-    store, cluster = find_store(store_uri), find_target(target)
+    cluster, store = find_target(target), find_store(store_uri)
     run_id = resolve_run(store, run_id)
     number = newest_attempt(store, run_id)
     if number == 0:
@@ -33,7 +33,7 @@ def logs(run_id: str, *, target: str, store_uri: str | None, follow: bool, repor
 
 
 def stop(run_id: str, *, target: str, store_uri: str | None, timeout_s: float, reporter: Reporter) -> Result:
-    store, cluster = find_store(store_uri), find_target(target)
+    cluster, store = find_target(target), find_store(store_uri)
     run_id = resolve_run(store, run_id)
     return stop_run(run_id, store, cluster, timeout_s=timeout_s, reporter=reporter)
 

@@ -22,7 +22,8 @@ _WITHOUT_BF16 = ("V100", "P100", "P4", "T4", "K80")
 def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool) -> Result:
     spec = load(run_file)
     if manifests:
-        request = build_request(spec, run_file, find_store(store_uri), find_target(target), directory=Path.cwd())
+        cluster, store = find_target(target), find_store(store_uri)
+        request = build_request(spec, run_file, store, cluster, directory=Path.cwd())
         return request.request.model_dump(mode="json"), ""
     sizing = _size(spec)
     planned = make_plan(

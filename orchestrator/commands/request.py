@@ -19,6 +19,8 @@ from orchestrator.targets.base import Target
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     identity: RunIdentity
+    attempt: int
+    """The number that the job claims, unless another comes first."""
     request: JobRequest
     package: Package
 
@@ -48,7 +50,7 @@ def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target, *
         env_vars={"HEADWAY_STORE": store.uri},
         repeat=_free_repeat(target, identity.run_id, attempt),
     )
-    return Prepared(identity=identity, request=request, package=packed)
+    return Prepared(identity=identity, attempt=attempt, request=request, package=packed)
 
 
 def _free_repeat(target: Target, run_id: str, attempt: int) -> int:

@@ -23,8 +23,7 @@ def serve(
     timeout_s: float,
     reporter: Reporter,
 ) -> Result:
-    store = find_store(store_uri)
-    cluster = find_target(target)
+    cluster, store = find_target(target), find_store(store_uri)
     host, port = "127.0.0.1", 8000
     if target == "local":
         host, port = require_stack().serve_url.removeprefix("http://").split(":")[0], require_stack().ray_ports.serve

@@ -27,6 +27,8 @@ class Sent:
     run_id: str
     submission_id: str
     attached: bool
+    attempt: int = 0
+    """The number that the job claims, unless others come first; what happened before it is not this job's."""
     outcome: Outcome | None = None
 
 
@@ -45,13 +47,13 @@ def submit(
             f"data.train {spec.data.train!r} is a path of this machine, which {target} does not see.",
             next_step="Put the data into S3 and name it as s3://bucket/prefix/**.",
         )
-    store, cluster = find_store(store_uri), find_target(target)
+    cluster, store = find_target(target), find_store(store_uri)
     sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd())
     facts: dict[str, Any] = {"run_id": sent.run_id, "submission_id": sent.submission_id, "attached": sent.attached}
     if detach and sent.outcome is None:
         return facts, f"{sent.run_id} is on its way. Watch it: headway logs -f {sent.run_id}"
     watched = Watched(outcome=sent.outcome) if sent.outcome else watch(
-        sent.run_id, sent.submission_id, store, cluster, reporter, timeout_s=timeout_s
+        sent.run_id, sent.submission_id, store, cluster, reporter, from_attempt=sent.attempt, timeout_s=timeout_s
     )  # fmt: skip
     outcome = watched.require_outcome(sent.run_id)
     outcome.raise_unless_done()
@@ -69,13 +71,19 @@ def send(spec: RunSpec, run_file: Path, store: Store, target: Target, reporter: 
     job = in_flight(store, target, identity.run_id)
     if job is not None:
         reporter.say(f"{identity.run_id} is in flight as {job}; attached.")
-        return Sent(run_id=identity.run_id, submission_id=job, attached=True)
+        attempt = newest_attempt(store, identity.run_id)
+        return Sent(run_id=identity.run_id, submission_id=job, attached=True, attempt=attempt)
     prepared = build_request(spec, run_file, store, target, directory=directory)
     for skipped in prepared.package.skipped:
         reporter.say(f"not sent: {skipped}")
     submission = target.submit(prepared.request, prepared.package)
     reporter.say(f"{identity.run_id} submitted as {submission.submission_id}")
-    return Sent(run_id=identity.run_id, submission_id=submission.submission_id, attached=not submission.created)
+    return Sent(
+        run_id=identity.run_id,
+        submission_id=submission.submission_id,
+        attached=not submission.created,
+        attempt=prepared.attempt,
+    )
 
 
 def in_flight(store: Store, target: Target, run_id: str) -> str | None:

@@ -23,7 +23,6 @@ from orchestrator.record import EventReader
 from orchestrator.release.outcome import Outcome, read_outcome
 from orchestrator.reporter import Reporter
 from orchestrator.store import Store
-from orchestrator.store.attempts import newest_attempt
 from orchestrator.targets.base import JobState, JobStatus, Target
 
 _POLL_S = 0.7
@@ -55,15 +54,19 @@ class Watched:
         if self.ended is not None:
             kind = error_class(self.ended.get("exit_code"))
             raise kind(f"{run_id}: {self.ended['reason']}", next_step="Mend that, then submit it again to go on.")
-        state = self.job.state if self.job else "unknown"
-        if state == JobState.STOPPED:
+        if self.job is None:
+            raise AttemptFailed(
+                f"{run_id}: the cluster no longer knows its job, as after a restart of its head.",
+                next_step="Submit it again to go on from the last checkpoint.",
+            )
+        if self.job.state is JobState.STOPPED:
             raise Interrupted(f"{run_id}: its job was stopped.", next_step="Submit it again to go on.")
         said = [line.removeprefix("headway: ") for line in self.log_tail.splitlines() if line.startswith("headway: ")]
-        kind = error_class(self.job.exit_code if self.job else None)
+        kind = error_class(self.job.exit_code)
         if said:
             raise kind(f"{run_id}: {said[-1]}", next_step=f"The whole log: headway logs {run_id}")
         raise kind(
-            f"{run_id}: its job ended as {state} without an outcome. Its last words:\n{self.log_tail}",
+            f"{run_id}: its job ended as {self.job.state} without an outcome. Its last words:\n{self.log_tail}",
             next_step=f"All of it: headway logs {run_id}. Submit it again to go on from the last checkpoint.",
         )
 
@@ -80,15 +83,19 @@ def watch(
     target: Target,
     reporter: Reporter,
     *,
+    from_attempt: int,
     timeout_s: float | None = None,
 ) -> Watched:
     """Follow a run until it has an outcome or its attempt has ended.
+
+    Args:
+        from_attempt: the first attempt whose events count; how an older one ended says nothing of this job.
 
     Raises:
         TimedOut: after ``timeout_s``; the run goes on. Interrupted: Ctrl-C; the run goes on.
     """
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
-    events = EventReader(store, run_id, from_attempt=max(1, newest_attempt(store, run_id)))
+    events = EventReader(store, run_id, from_attempt=from_attempt)
     watched = Watched()
     last_seen = time.monotonic()
     polls = 0

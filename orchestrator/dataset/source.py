@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.dataset.format import fingerprint
-from orchestrator.errors import EmptySource
+from orchestrator.errors import EmptySource, EnvironmentUnusable
 from orchestrator.spec import DataSpec
 from orchestrator.store.s3 import Store, split_uri
 
@@ -66,7 +66,10 @@ def read_source(file: SourceFile, store: Store) -> bytes:
     if file.uri.startswith("s3://"):
         bucket, key = split_uri(file.uri)
         return store.at(bucket).get(key)
-    return Path(file.uri).read_bytes()
+    try:
+        return Path(file.uri).read_bytes()
+    except OSError as e:
+        raise EnvironmentUnusable(f"data.train: {file.uri} cannot be read: {e.strerror or e}.") from e
 
 
 def _compile(pattern: str) -> tuple[str, re.Pattern[str]]:
@@ -103,7 +106,10 @@ def _walk(base: Path) -> list[Path]:
 
 
 def _local(path: Path, base: str) -> SourceFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise EnvironmentUnusable(f"data.train: {path} cannot be read: {e.strerror or e}.") from e
     relative = str(path.relative_to(base)) if str(path) != base.rstrip("/") else path.name
     return SourceFile(uri=str(path), path=relative, etag=digest, size_bytes=path.stat().st_size)

@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 """``{"time_s", "kind", "attempt", …}``; kinds are listed in docs/concepts.md."""
 
-MIN_FLUSH_S, MAX_FLUSH_S = 1.0, 10.0
+MIN_FLUSH_S, MAX_FLUSH_S = 2.0, 10.0
 _SEGMENT = re.compile(r"(?P<attempt>\d+)-[0-9a-f]+/(?P<writer>[a-z0-9-]+)-\d+\.jsonl")
 
 
 class EventLog:
     """Appends events; a thread writes them out as segments.
 
-    A segment goes out every second at first and every ten in a long run, so that a watcher sees a young run live
+    A segment goes out every two seconds at first and every ten in a long run, so that a watcher sees a young run live
     and a month's run does not fill the store with small objects. Events that cannot be written are kept and
     retried: the record never stops training.
     """

@@ -19,6 +19,7 @@ def require_conditional_writes(store: Store) -> None:
     if store.uri in _PROBED:
         return
     key = f"probe/{secrets.token_hex(8)}"
+    next(store.list(key), None)  # names a bucket that is not there; to a write some servers answer AccessDenied
     store.create(key, b"first")
     try:
         try:

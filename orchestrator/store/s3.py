@@ -30,7 +30,6 @@ STORE_VARIABLE = "HEADWAY_STORE"
 CONFLICT_TRIES = 6
 PART_BYTES = 16 * 2**20
 _TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=8)
-_ATTEMPTS = 6  # of one request, by botocore, with exponential back-off
 _GONE = {"404", "NoSuchKey", "NotFound"}
 _NEXT_STEP = {
     "NoSuchBucket": "Create the bucket, or name another with --store or HEADWAY_STORE.",
@@ -39,6 +38,21 @@ _NEXT_STEP = {
     "InvalidAccessKeyId": "Check AWS_ACCESS_KEY_ID, or the profile in use.",
     "SignatureDoesNotMatch": "Check AWS_SECRET_ACCESS_KEY, or the profile in use.",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long one request is tried for. Between attempts botocore waits up to 1, 2, 4, … s, at random."""
+
+    attempts: int
+    connect_timeout_s: float
+    read_timeout_s: float
+
+
+PATIENT = Patience(attempts=6, connect_timeout_s=5.0, read_timeout_s=60.0)
+"""For programs: a server that restarts costs them half a minute and nothing else."""
+PROMPT = Patience(attempts=3, connect_timeout_s=4.0, read_timeout_s=10.0)
+"""For people: a server that is down is named within 3 s, one that swallows connections within 15 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,7 @@ class Store:
     def __init__(self, bucket: str, prefix: str = "", *, client: Any = None) -> None:
         self.bucket = bucket
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        self._client = client or _new_client()
+        self._client = client or _new_client(PATIENT)
 
     @property
     def uri(self) -> str:
@@ -283,7 +297,7 @@ class _translated:  # noqa: N801  used as a statement
         return StoreError(f"{self.uri}: S3 answered {code}: {message}", next_step=_NEXT_STEP.get(code, ""))
 
 
-def open_store(uri: str | None = None) -> Store:
+def open_store(uri: str | None = None, *, patience: Patience = PATIENT) -> Store:
     """The store at ``uri``, else at ``HEADWAY_STORE``.
 
     Raises:
@@ -295,7 +309,7 @@ def open_store(uri: str | None = None) -> Store:
             "No store is set.",
             next_step=f"Set {STORE_VARIABLE}=s3://bucket/prefix, give --store, or start the embedded one: headway up",
         )
-    return Store(*split_uri(chosen))
+    return Store(*split_uri(chosen), client=_new_client(patience))
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -306,12 +320,12 @@ def split_uri(uri: str) -> tuple[str, str]:
     return parts.netloc, uri.removeprefix(f"s3://{parts.netloc}").strip("/")
 
 
-def _new_client() -> Any:
+def _new_client(patience: Patience) -> Any:
     logging.getLogger("botocore").setLevel(logging.WARNING)  # else every Ray worker tells where its keys come from
     config = Config(
-        retries={"mode": "standard", "max_attempts": _ATTEMPTS},
-        connect_timeout=5,
-        read_timeout=60,
+        retries={"mode": "standard", "max_attempts": patience.attempts},
+        connect_timeout=patience.connect_timeout_s,
+        read_timeout=patience.read_timeout_s,
         max_pool_connections=32,
         user_agent_extra="headway",
     )

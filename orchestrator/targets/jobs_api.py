@@ -64,12 +64,16 @@ class RayHttp:
 
     def json(self, method: str, path: str, **content: Any) -> Any:
         """One request that must succeed, and its answer's JSON."""
-        answer = self.send(method, path, **content)
+        return self.parsed(self.send(method, path, **content))
+
+    def parsed(self, answer: httpx.Response) -> Any:
+        """An answer's JSON, where the request succeeded."""
         if answer.status_code != 200:
             raise self.refused(answer)
         try:
             return answer.json()
         except ValueError as e:
+            path = answer.request.url.path
             raise TargetError(
                 f"What answers at {self.url} is not a Ray dashboard: {path} gave no JSON.",
                 next_step="Give the dashboard's address, http://127.0.0.1:8265 by default.",
@@ -150,10 +154,7 @@ class JobsApiTarget:
     def status(self, submission_id: str) -> JobStatus:
         found = self.find(submission_id)
         if found is None:
-            raise TargetError(
-                f"Ray at {self.url} has no job {submission_id}.",
-                next_step="A cluster forgets its jobs when its head restarts; the run itself is in the store.",
-            )
+            raise self._forgotten(submission_id)
         return found
 
     def find(self, submission_id: str) -> JobStatus | None:
@@ -176,7 +177,10 @@ class JobsApiTarget:
 
     def logs(self, submission_id: str) -> str:
         """The whole log so far."""
-        return str(self._ray.json("GET", f"/api/jobs/{submission_id}/logs").get("logs") or "")
+        answer = self._ray.send("GET", f"/api/jobs/{submission_id}/logs")
+        if answer.status_code == 404:
+            raise self._forgotten(submission_id)
+        return str(self._ray.parsed(answer).get("logs") or "")
 
     def follow(self, submission_id: str) -> Iterator[str]:
         """New text as it comes, until the job has ended and all of its log is read.
@@ -199,6 +203,12 @@ class JobsApiTarget:
     def stop(self, submission_id: str) -> bool:
         """Send SIGTERM to the job's driver; Ray kills it after its own grace period."""
         return bool(self._ray.json("POST", f"/api/jobs/{submission_id}/stop").get("stopped"))
+
+    def _forgotten(self, submission_id: str) -> TargetError:
+        return TargetError(
+            f"Ray at {self.url} has no job {submission_id}.",
+            next_step="A cluster forgets its jobs when its head restarts; the run itself is in the store.",
+        )
 
     def _upload(self, package: Package) -> None:
         path = "/api/packages/" + package_uri(package.digest).replace("://", "/")

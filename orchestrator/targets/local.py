@@ -47,9 +47,7 @@ def up(directory: Path, options: StackOptions, say: Say) -> Stack:
         EnvironmentUnusable: a port is taken, a program is missing, or one did not start. Nothing is left running.
     """
     directory = directory.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    _keep_out_of_git(directory)
-    with _locked(directory, say):
+    with _usable(directory), _locked(directory, say):
         before = load(directory)
         if before is not None and running(before):
             say(f"Already up: dashboard {before.dashboard_url}")
@@ -78,7 +76,7 @@ def down(directory: Path, say: Say, *, remove_data: bool = False) -> None:
     if not directory.is_dir():
         say("Nothing to end: there is no stack here")
         return
-    with _locked(directory, say):
+    with _usable(directory), _locked(directory, say):
         stack = load(directory)
         num_left = len(processes.marked(stack_id(directory)))
         say(f"Ending {num_left} processes" if num_left else "Nothing was running")
@@ -192,6 +190,24 @@ def _keep_out_of_git(directory: Path) -> None:
     ignore = directory / ".gitignore"
     if not ignore.exists():
         ignore.write_text("*\n")
+
+
+@contextlib.contextmanager
+def _usable(directory: Path) -> Iterator[None]:
+    """Makes the folder; whatever the system refuses from then on is said of it.
+
+    Raises:
+        EnvironmentUnusable: it cannot be written, or its disk is full.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _keep_out_of_git(directory)
+        yield
+    except OSError as e:
+        raise EnvironmentUnusable(
+            f"The stack's folder {directory} cannot be used: {e.strerror or e}.",
+            next_step="Free some space there, or choose another folder with headway up --directory.",
+        ) from e
 
 
 @contextlib.contextmanager

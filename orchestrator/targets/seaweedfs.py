@@ -216,7 +216,8 @@ def _program() -> str:
 
 def _identities(keys: Keys) -> dict[str, Any]:
     credentials = [{"accessKey": keys.access_key, "secretKey": keys.secret_key}]
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    # Not Admin: a write to a bucket that is not there would make it, and hide a misspelt name.
+    actions = ["Read", "Write", "List", "Tagging"]
     return {"identities": [{"name": "headway", "credentials": credentials, "actions": actions}]}
 
 

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator import package as packaging
 from orchestrator.commands import doctor
 from orchestrator.errors import EnvironmentUnusable
 from orchestrator.render import JobRequest, package_uri
 from orchestrator.store import open_store
 from orchestrator.store.probe import require_conditional_writes
 from orchestrator.targets import local, ports, processes
-from orchestrator import package as packaging
 from orchestrator.targets import stack as stacks
 from orchestrator.targets.base import JobState
 from orchestrator.targets.jobs_api import JobsApiTarget

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import transformers
 
+from orchestrator.dataset.format import Split
 from orchestrator.spec import load
 from workloads.tasks import Samples, Task, TaskContext, load_task
 
@@ -45,7 +46,7 @@ def row_rng(first: int, row: int) -> np.random.Generator:
 def samples(rows: Sequence[int], *, num_padding: int = 0) -> Samples:
     """``rows`` of the global batch, contiguous, then padding as BatchFeed makes it."""
     padded = [*rows, *[rows[0]] * num_padding]
-    return Samples(tokens=TOKENS[padded], num_real=len(rows), row_rng=partial(row_rng, rows[0]))
+    return Samples(rows={"tokens": TOKENS[padded]}, num_real=len(rows), row_rng=partial(row_rng, rows[0]))
 
 
 def test_the_run_file_builds_its_model() -> None:
@@ -64,7 +65,7 @@ def test_masks_do_not_depend_on_the_split(task: Task, cut: int) -> None:
 
 def test_about_fifteen_in_a_hundred_are_targets_and_most_are_masked(task: Task) -> None:
     tokens = np.full((64, LENGTH + 1), 5)
-    batch = task.collate(Samples(tokens=tokens, num_real=64, row_rng=partial(row_rng, 0)))
+    batch = task.collate(Samples(rows={"tokens": tokens}, num_real=64, row_rng=partial(row_rng, 0)))
     targets = batch["labels"] != IGNORED
     masked = batch["input_ids"] == VOCAB
     assert 0.12 < targets.float().mean() < 0.18
@@ -109,7 +110,19 @@ def test_the_loss_falls(task: Task) -> None:
 
 
 def test_figures(task: Task) -> None:
-    assert task.metrics(loss=0.0, num_targets=1, num_tokens=1, num_bytes=1) == {"loss": 0.0, "perplexity": 1.0}
+    split = Split(shards=(), num_tokens=1, num_bytes=1, num_files=1)
+    figures = task.metrics({"loss": 0.0, "correct": 3.0}, num_targets=4, split=split)
+    assert figures == {"loss": 0.0, "perplexity": 1.0, "masked_accuracy": 0.75}
+
+
+def test_sums_of_an_evaluation_count_what_is_guessed_right(task: Task) -> None:
+    batch = task.collate(samples(range(4)))
+    model = task.build_model().eval()
+    with torch.inference_mode():
+        sums = task.eval_sums(model, batch)
+        guessed = model(input_ids=batch["input_ids"]).logits.argmax(-1)
+    assert sums["correct"] == int((guessed == batch["labels"]).sum())
+    assert np.isfinite(sums["loss"])
 
 
 def test_the_exported_tokenizer_knows_the_mask_token(task: Task, tmp_path: Path) -> None:

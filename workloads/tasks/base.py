@@ -6,7 +6,7 @@ Shape suffixes: B rows of a batch, L sequence_length.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from orchestrator.dataset.format import Split
 from orchestrator.errors import SpecError
 from orchestrator.meta_model import Refused, checked_config
 
@@ -41,12 +42,17 @@ class Samples:
     The last ``len(rows) - num_real`` rows pad an uneven share: they must not count in the loss.
     """
 
-    tokens: npt.NDArray[np.int64]
-    """Token ids, shape (B, L + 1): the inputs and, one further on, the targets."""
+    rows: Mapping[str, npt.NDArray[Any]]
+    """What the dataset holds, by name; the first dimension of every array is B. Token shards hold ``tokens``."""
     num_real: int
     row_rng: Callable[[int], np.random.Generator]
     """Random numbers for row ``b`` that depend on (seed, step, position in the global batch) only, so that noise and
     masks are the same at any world size."""
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Token ids, shape (B, L + 1): the inputs and, one further on, the targets."""
+        return self.rows["tokens"]
 
 
 class Task(ABC):
@@ -103,9 +109,19 @@ class Task(ABC):
     def loss_sum(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss summed over the targets that count, a scalar in fp32."""
 
+    def eval_sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """What the evaluation adds up over the held-out split. A classifier adds ``correct`` to the loss, say."""
+        return {"loss": float(self.loss_sum(model, batch))}
+
     @abstractmethod
-    def metrics(self, *, loss: float, num_targets: int, num_tokens: int, num_bytes: int) -> dict[str, float]:
-        """The evaluation's figures, from the mean loss over the held-out split and the split's size."""
+    def metrics(self, sums: Mapping[str, float], *, num_targets: int, split: Split) -> dict[str, float]:
+        """The evaluation's figures, among them ``loss``, which the gate compares.
+
+        Args:
+            sums: :meth:`eval_sums` over the whole held-out split.
+            num_targets: :meth:`num_targets` over it.
+            split: its size, for figures such as bits per byte.
+        """
 
     def load_model(self, directory: Path) -> nn.Module:
         """An exported model, in fp32."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from orchestrator.dataset.format import Split
 from workloads.tasks.base import Batch, Samples, Task
 
 IGNORED = -100
@@ -33,9 +35,10 @@ class CausalLM(Task):
             logits_BLV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def metrics(self, *, loss: float, num_targets: int, num_tokens: int, num_bytes: int) -> dict[str, float]:
+    def metrics(self, sums: Mapping[str, float], *, num_targets: int, split: Split) -> dict[str, float]:
+        loss = sums["loss"] / num_targets
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": loss / math.log(2) * num_tokens / max(1, num_bytes),
+            "bits_per_byte": loss / math.log(2) * split.num_tokens / max(1, split.num_bytes),
         }

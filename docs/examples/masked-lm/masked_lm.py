@@ -1,10 +1,9 @@
 """Masked language modelling as a task of one's own. Shape suffixes: B rows, L sequence_length, V vocabulary."""
 
-# ruff: noqa: N803, N806
-
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from orchestrator.dataset.format import Split
 from workloads.tasks import Batch, Samples, Task, TaskContext
 
 IGNORED = -100
@@ -62,8 +62,16 @@ class MaskedLM(Task):
             logits_BLV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def metrics(self, *, loss: float, num_targets: int, num_tokens: int, num_bytes: int) -> dict[str, float]:
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    def eval_sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """The loss, and how many masked tokens are guessed right."""
+        output: Any = model(input_ids=batch["input_ids"])
+        right_BL = output.logits.argmax(-1) == batch["labels"]
+        return {**super().eval_sums(model, batch), "correct": float(right_BL.sum())}
+
+    def metrics(self, sums: Mapping[str, float], *, num_targets: int, split: Split) -> dict[str, float]:
+        loss = sums["loss"] / num_targets
+        accuracy = sums["correct"] / num_targets
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "masked_accuracy": accuracy}
 
     def save_assets(self, directory: Path, *, tokenizer: Path, dtype: str) -> None:
         """As for every task, and the exported tokenizer learns the mask token, so that fill-mask works."""

@@ -1,0 +1,350 @@
+"""The command line against a real S3 server: what is in the store, and every way in which the store is not usable."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator import cli
+from orchestrator.checkpoint.format import Manifest, State
+from orchestrator.dataset.format import DatasetManifest, Shard, Split, Tokenizer
+from orchestrator.errors import Fenced, RunError
+from orchestrator.record import EventLog
+from orchestrator.release import channels
+from orchestrator.release.channels import ChannelStatus
+from orchestrator.release.outcome import Outcome, commit_outcome
+from orchestrator.release.versions import CheckpointSource, DatasetSource, Version, VersionFile, claim_version, publish
+from orchestrator.spec import parse
+from orchestrator.starter import STARTER
+from orchestrator.store import Attempt, Store, claim_attempt, layout
+from orchestrator.store.attempts import end_attempt, ensure_newest, stop_reason
+from orchestrator.targets.ports import is_free
+from orchestrator.targets.seaweedfs import S3Server
+from tests.command_line import Said
+from tests.integration.conftest import BUCKET
+
+DONE, STOPPED = "tiny-0123abcd", "other-4567abcd"
+FINGERPRINT = "0123456789abcdef"
+SHA256 = hashlib.sha256(b"").hexdigest()
+DOWN_LIMIT_S = 15.0
+NOWHERE = "http://127.0.0.1:1"  # a target: nothing here gets as far as asking it
+
+Cli = Callable[..., Said]
+
+
+@pytest.fixture
+def run(
+    s3: S3Server, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Cli]:
+    """The command line in this process, in an empty folder, with the test's store set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADWAY_STORE", store.uri)
+
+    def call(*arguments: str) -> Said:
+        capsys.readouterr()
+        code = cli.run(list(arguments))
+        out, err = capsys.readouterr()
+        return Said(arguments=arguments, code=code, out=out, err=err)
+
+    return call  # type: ignore[return-value]
+
+
+def write_run_file(folder: Path, data: dict[str, Any]) -> None:
+    (folder / "run.yaml").write_text(yaml.safe_dump({**yaml.safe_load(STARTER), "data": data}))
+
+
+# -- what is there
+
+
+@pytest.fixture
+def filled(store: Store) -> Store:
+    """One dataset; one run that is done and released, after an attempt that was stopped; one that was stopped."""
+    put_dataset(store)
+    first = put_attempt(store, DONE, steps=range(1, 5), checkpoint=4)
+    end_attempt(store, first, state="stopped", reason="headway stop")
+    second = put_attempt(store, DONE, steps=range(5, 9), checkpoint=8)
+    version = put_version(store, second)
+    facts = {"steps": 8, "evaluation": {"loss": 2.5, "perplexity": 12.2}, "version": version.name}
+    commit_outcome(store, Outcome(run_id=DONE, state="done", attempt=2, facts=facts, ended_s=time.time()))
+    end_attempt(store, second, state="done", reason="")
+    stopped = put_attempt(store, STOPPED, steps=range(1, 4), checkpoint=3)
+    end_attempt(store, stopped, state="stopped", reason="stopped at step 3 of 8: headway stop.")
+    return store
+
+
+def put_dataset(store: Store) -> None:
+    def split(name: str, num_tokens: int) -> Split:
+        shard = Shard(file=f"{name}-00000.bin", num_tokens=num_tokens, size_bytes=2 * num_tokens, sha256=SHA256)
+        return Split(shards=(shard,), num_tokens=num_tokens, num_bytes=3 * num_tokens, num_files=1)
+
+    manifest = DatasetManifest(
+        name="tiny",
+        fingerprint=FINGERPRINT,
+        dtype="uint16",
+        tokenizer=Tokenizer(file="tokenizer.json", sha256=SHA256, size_bytes=0, vocab_size=300, end_of_text_id=0),
+        train=split("train", 9000),
+        eval=split("eval", 1000),
+        unigram_loss=5.0,
+        source={"pattern": "s3://corpus/**"},
+        created_s=time.time(),
+    )
+    store.create_json(layout.dataset_manifest("tiny", FINGERPRINT), manifest.model_dump(mode="json"))
+
+
+def put_attempt(store: Store, run_id: str, *, steps: range, checkpoint: int) -> Attempt:
+    """An attempt that trained ``steps`` and committed one checkpoint of no tensors."""
+    spec = parse({**yaml.safe_load(STARTER), "name": "tiny"})
+    if not store.exists(layout.run_spec(run_id)):
+        store.create_json(layout.run_spec(run_id), {"spec": spec.model_dump(mode="json"), "run_id": run_id})
+    attempt = claim_attempt(store, run_id, facts={"job": f"{run_id}-job", "host": "here"})
+    events = EventLog(store, attempt, "train")
+    events.append("stage_started", stage="train")
+    for step in steps:
+        events.append("step", step=step, loss=5.0 - step / 10)
+    events.close()
+    manifest = Manifest(
+        run_id=run_id,
+        attempt=attempt.number,
+        nonce=attempt.nonce,
+        world_size=2,
+        created_s=time.time(),
+        state=State(
+            step=checkpoint,
+            tokens=100,
+            loss=4.0,
+            precision="fp32",
+            optimizer_step=checkpoint,
+            spec_sha256=spec.sha256(),
+            dataset_fingerprint=FINGERPRINT,
+        ),
+        files=(),
+        parameters={},
+        buffers={},
+    )
+    store.create_json(layout.checkpoint_manifest(run_id, checkpoint), manifest.model_dump(mode="json"))
+    return attempt
+
+
+def put_version(store: Store, attempt: Attempt) -> Version:
+    number = claim_version(store, "tiny-lm", facts={"run_id": attempt.run_id, "attempt": attempt.number})
+    version = Version(
+        model="tiny-lm",
+        number=number,
+        task="causal-lm",
+        run_id=attempt.run_id,
+        attempt=attempt.number,
+        checkpoint=CheckpointSource(uri=store.uri_of(layout.checkpoint(attempt.run_id, 8)), step=8),
+        dataset=DatasetSource(name="tiny", fingerprint=FINGERPRINT),
+        code_digest="",
+        evaluation={"loss": 2.5},
+        gate={"passed": True, "reasons": []},
+        files={"model.safetensors": VersionFile(size_bytes=0, sha256=SHA256)},
+        created_s=time.time(),
+        nonce=attempt.nonce,
+    )
+    publish(store, version)
+    channels.append(store, "tiny-lm", "production", version=number, by="a test", reason="passed", run_id=attempt.run_id)
+    channels.write_status(store, "tiny-lm", "production", ChannelStatus(serving=number, tried=number))
+    return version
+
+
+def test_an_empty_store_says_so(run: Cli) -> None:
+    for what in ("runs", "models", "datasets"):
+        assert run("list", what).assert_done().out == f"There are no {what} yet.\n"
+        assert run("list", what, "--json").assert_done().json == {what: []}
+
+
+def test_list(run: Cli, filled: Store) -> None:
+    assert run("list", "--json").assert_done().json == {
+        "runs": [
+            {"run": STOPPED, "state": "stopped", "attempts": 1, "checkpoint": 3, "eval_loss": None, "version": None},
+            {"run": DONE, "state": "done", "attempts": 2, "checkpoint": 8, "eval_loss": 2.5, "version": "tiny-lm@1"},
+        ]
+    }
+    assert run("list", "models", "--json").assert_done().json == {
+        "models": [{"version": "tiny-lm@1", "run": DONE, "eval_loss": 2.5, "channels": "production"}]
+    }
+    (dataset,) = run("list", "datasets", "--json").assert_done().json["datasets"]
+    assert dataset == {
+        "dataset": f"tiny@{FINGERPRINT}", "train_tokens": 9000, "eval_tokens": 1000, "vocabulary": 300,
+        "source": "s3://corpus/**",
+    }  # fmt: skip
+    checkpoints = run("list", "checkpoints", DONE, "--json").assert_done().json["checkpoints"]
+    assert [(each["step"], each["workers"], each["attempt"]) for each in checkpoints] == [(8, 2, 2), (4, 2, 1)]
+
+
+@pytest.mark.parametrize(("what", "seen"), [("runs", DONE), ("models", "tiny-lm@1"), ("datasets", "9,000")])
+def test_list_as_a_table(run: Cli, filled: Store, what: str, seen: str) -> None:
+    header, *rows = run("list", what).assert_done().out.splitlines()
+    assert header == header.lower()
+    assert seen in "\n".join(rows)
+
+
+def test_status(run: Cli, filled: Store) -> None:
+    done = run("status", DONE, "--json").assert_done().json
+    assert (done["state"], done["attempts"], done["stage"], done["checkpoints"]) == ("done", 2, "train", [8, 4])
+    assert done["last_step"]["step"] == 8
+    assert done["outcome"]["facts"]["version"] == "tiny-lm@1"
+    stopped = run("status", STOPPED).assert_done().out
+    assert "state: stopped" in stopped
+    assert "step 3 of 8" in stopped
+
+
+def test_a_name_will_do(run: Cli, filled: Store) -> None:
+    assert run("show", "other", "--json").assert_done().json["run_id"] == STOPPED
+
+
+def test_show(run: Cli, filled: Store) -> None:
+    assert run("show", DONE, "--json").assert_done().json["run_id"] == DONE
+    model = run("show", "tiny-lm", "--json").assert_done().json
+    assert [each["version"] for each in model["versions"]] == ["tiny-lm@1"]
+    assert model["channels"]["production"]["status"]["serving"] == 1
+    version = run("show", "tiny-lm@1", "--json").assert_done().json
+    assert (version["run_id"], version["checkpoint"]["step"]) == (DONE, 8)
+    assert "run_id: tiny-0123abcd" in run("show", "tiny-lm@1").assert_done().out
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "next_step"),
+    [
+        (["show", "nope"], "no run 'nope'", "headway list runs"),
+        (["status", "nope"], "no run 'nope'", "headway list runs"),
+        (["list", "checkpoints", "nope"], "no run 'nope'", "headway list runs"),
+        (["show", "tiny-lm@7"], "no version tiny-lm@7", "headway show tiny-lm"),
+        (["show", "tiny-lm@one"], "'tiny-lm@one' is not MODEL@NUMBER", "headway show tiny-lm"),
+        (["serve", "nope", "--target", NOWHERE], "Nothing was released to nope", "headway list models"),
+    ],
+)
+def test_what_is_not_there(run: Cli, filled: Store, command: list[str], words: str, next_step: str) -> None:
+    run(*command, "--json").assert_refused(2, words).assert_next_step(next_step)
+
+
+def test_a_finished_run_is_not_stopped(run: Cli, filled: Store) -> None:
+    said = run("stop", DONE, "--target", NOWHERE, "--json").assert_done()
+    assert said.json == {"run_id": DONE, "state": "done"}
+
+
+def test_a_cluster_that_is_not_there(run: Cli, store: Store, tmp_path: Path) -> None:
+    store.upload("corpus/a.txt", b"text")
+    write_run_file(tmp_path, {"train": f"{store.uri}/corpus/**"})
+    for command in (["submit", "run.yaml"], ["plan", "run.yaml", "--manifests"]):
+        said = run(*command, "--target", NOWHERE)
+        said.assert_refused(4, f"Ray at {NOWHERE} cannot be reached").assert_next_step("headway up")
+
+
+# -- bad data
+
+
+def test_an_empty_source(run: Cli, store: Store, tmp_path: Path) -> None:
+    write_run_file(tmp_path, {"train": f"{store.uri}/nothing/**"})
+    said = run("submit", "run.yaml", "--target", NOWHERE, "--json")
+    said.assert_refused(2, "data.train", f"{store.uri}/nothing/**", "matches no file").assert_next_step("**")
+
+
+def test_files_that_hold_nothing_are_no_source(run: Cli, store: Store, tmp_path: Path) -> None:
+    store.upload("corpus/empty.txt", b"")
+    write_run_file(tmp_path, {"train": f"{store.uri}/corpus/**"})
+    run("submit", "run.yaml", "--target", NOWHERE, "--json").assert_refused(2, "matches no file that holds anything")
+
+
+@pytest.mark.parametrize("name", ["nope", f"tiny@{FINGERPRINT[::-1]}"])
+def test_an_unknown_dataset(run: Cli, filled: Store, tmp_path: Path, name: str) -> None:
+    write_run_file(tmp_path, {"dataset": name})
+    said = run("submit", "run.yaml", "--target", NOWHERE, "--json")
+    said.assert_refused(RunError.exit_code, "data.dataset", repr(name)).assert_next_step("headway list datasets")
+
+
+def test_plan_goes_on_where_the_data_cannot_be_listed(run: Cli, store: Store, tmp_path: Path) -> None:
+    write_run_file(tmp_path, {"dataset": "nope"})
+    said = run("plan", "run.yaml").assert_done()
+    assert "cannot be listed" in said.out
+
+
+# -- a store that is not usable
+
+
+USES: list[list[str]] = [["list"], ["show", "x"], ["submit", "run.yaml", "--target", NOWHERE]]
+
+
+@pytest.fixture
+def sent(tmp_path: Path, store: Store) -> None:
+    write_run_file(tmp_path, {"train": f"{store.uri}/corpus/**"})
+
+
+@pytest.mark.usefixtures("sent")
+@pytest.mark.parametrize("command", USES)
+@pytest.mark.parametrize(("variable", "value"), [("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", "WRONG")])
+def test_a_wrong_key(run: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str], variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    run(*command, "--json").assert_refused(4, BUCKET).assert_next_step(variable)
+
+
+@pytest.mark.usefixtures("sent")
+@pytest.mark.parametrize("command", USES)
+def test_no_credentials(run: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    run(*command).assert_refused(4, "no S3 credentials").assert_next_step("AWS_ACCESS_KEY_ID")
+
+
+@pytest.mark.usefixtures("sent")
+@pytest.mark.parametrize("command", USES)
+def test_no_bucket(run: Cli, command: list[str]) -> None:
+    said = run(*command, "--store", "s3://no-such-bucket-here/x")
+    said.assert_refused(4, "s3://no-such-bucket-here", "no such bucket").assert_next_step("--store")
+
+
+@pytest.mark.usefixtures("sent")
+@pytest.mark.parametrize("command", USES)
+def test_a_server_that_is_down_is_told_soon(run: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    port = next(port for port in range(22000, 30000) if is_free(port))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    began_s = time.monotonic()
+    said = run(*command, "--json")
+    took_s = time.monotonic() - began_s
+    said.assert_refused(4, f"127.0.0.1:{port} cannot be reached").assert_next_step("AWS_ENDPOINT_URL", "headway up")
+    assert took_s <= DOWN_LIMIT_S
+
+
+@pytest.mark.parametrize("uri", ["http://bucket/x", "bucket", "s3://", "/some/folder"])
+def test_what_is_no_store(run: Cli, uri: str) -> None:
+    run("list", "--store", uri, "--json").assert_refused(2, uri).assert_next_step("s3://bucket/prefix")
+
+
+def test_a_damaged_outcome_is_named(run: Cli, filled: Store) -> None:
+    filled.upload(layout.outcome(DONE), b'{"format": "headway/outcome/1"}')
+    said = run("status", DONE, "--json")
+    said.assert_refused(1, filled.uri_of(layout.outcome(DONE)), "headway/outcome/1")
+
+
+# -- two at once
+
+
+def test_two_claims_at_once_give_two_numbers_and_fence_the_older(run: Cli, store: Store) -> None:
+    store.create_json(layout.run_spec(DONE), {"run_id": DONE})
+    barrier = threading.Barrier(2)
+
+    def claim(host: str) -> Attempt:
+        barrier.wait()
+        return claim_attempt(store, DONE, facts={"host": host, "job": host})
+
+    with ThreadPoolExecutor(2) as pool:
+        older, newer = sorted(pool.map(claim, ["one", "two"]), key=lambda attempt: attempt.number)
+    assert (older.number, newer.number) == (1, 2)
+    ensure_newest(store, newer)
+    with pytest.raises(Fenced, match="attempt 2 has taken over"):
+        ensure_newest(store, older)
+    assert stop_reason(store, older) == "attempt 2 has taken over"
+    status = run("status", DONE, "--json", "--target", NOWHERE).assert_done().json
+    assert (status["state"], status["attempts"]) == ("in flight", 2)
+    assert status["job"] == store.get_json(layout.attempt(DONE, 2))["host"]
+    assert status["job_state"].startswith(f"unknown: Ray at {NOWHERE} cannot be reached")

@@ -1,0 +1,84 @@
+"""Nothing in Headway unpickles: a checkpoint or a message from the store can never run code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for package in ("orchestrator", "workloads") for path in (ROOT / package).rglob("*.py"))
+MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+CALLS = {
+    "torch.load", "torch.save", "torch.jit.load", "torch.jit.save", "np.save", "numpy.save", "np.savez",
+    "numpy.savez", "pd.read_pickle", "pandas.read_pickle",
+}  # fmt: skip
+COLLECTIVES = {
+    "all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list", "send_object_list",
+    "recv_object_list",
+}  # fmt: skip
+
+
+def offences(source: str) -> list[str]:
+    """Everything in a module that pickles or unpickles."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            full = [f"{module}.{alias.name}" for alias in node.names]
+            found += [name for name in full if name in CALLS or name.rsplit(".", 1)[-1] in COLLECTIVES]
+            found += [module] if module.split(".")[0] in MODULES else []
+        elif isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            found += [dotted] if dotted in CALLS or node.attr in COLLECTIVES else []
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+            found += [node.arg] if not (isinstance(node.value, ast.Constant) and node.value.value is False) else []
+        elif isinstance(node, ast.keyword) and node.arg in ("weights_only", "use_safetensors"):
+            found += [node.arg] if not (isinstance(node.value, ast.Constant) and node.value.value is True) else []
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_pickles(path: Path) -> None:
+    assert offences(path.read_text(encoding="utf-8")) == []
+
+
+def test_every_model_is_read_as_safetensors() -> None:
+    """transformers falls back to pickled weights unless it is told not to; configs and tokenizers hold none."""
+    for path in FILES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            called = ast.unparse(call.func)
+            if called.endswith(".from_pretrained") and not re.search("Tokenizer|Config|Processor", called):
+                assert "use_safetensors" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import cloudpickle.compat",
+        "from pickle import loads",
+        "from torch import load",
+        "torch.load(f, weights_only=True)",
+        "model = torch.save",
+        "np.load(f, allow_pickle=True)",
+        "np.load(f, allow_pickle=flag)",
+        "dist.all_gather_object(a, b)",
+        "torch.distributed.broadcast_object_list(x)",
+        "from torch.distributed import gather_object",
+        "AutoModel.from_pretrained(x, use_safetensors=False)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+    ],
+)
+def test_the_walk_sees(source: str) -> None:
+    assert offences(source)
+
+
+def test_the_walk_is_not_over_eager() -> None:
+    assert offences("np.load(f, allow_pickle=False)\njson.load(f)\nsafetensors.torch.load(b)\ndist.all_reduce(t)") == []
+    assert len(FILES) > 50

@@ -1,0 +1,80 @@
+"""The Ray cluster that a run executes on: joining it, and running the group of workers on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+
+from orchestrator.errors import AttemptFailed, TargetError
+from workloads.train import TrainJob, worker
+
+
+def connect(say: Callable[[str], None]) -> str:
+    """Join the Ray cluster that this process runs in or that RAY_ADDRESS names. Returns this job's id.
+
+    Raises:
+        TargetError: there is none.
+    """
+    import ray
+
+    try:
+        context = ray.init(
+            address=os.environ.get("RAY_ADDRESS") or "auto",
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": "orchestrator.pinning.pin"},
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as e:
+        raise TargetError(
+            f"There is no Ray cluster to run on: {e}.",
+            next_step="Start the embedded one (headway up), or submit to one (headway submit).",
+        ) from e
+    say(f"on Ray {ray.__version__} at {context.address_info.get('gcs_address', 'local')}")
+    return _submission_id(os.environ) or str(ray.get_runtime_context().get_job_id())
+
+
+def _submission_id(environ: Mapping[str, str]) -> str:
+    """The id that this job was submitted under, by which the Jobs API finds it; empty outside of a job."""
+    config = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return str(config.get("metadata", {}).get("job_submission_id", ""))
+
+
+def fit(job: TrainJob, name: str) -> None:
+    """Run the group of workers through Ray Train until it ends, restarting it where a worker dies.
+
+    Raises:
+        AttemptFailed: it kept failing; the message ends with the first worker's last line.
+    """
+    import ray.train
+    import ray.train.torch
+
+    resources = job.spec.resources
+    workers = resources.workers
+    with tempfile.TemporaryDirectory(prefix="headway-train-") as scratch:
+        trainer = ray.train.torch.TorchTrainer(
+            worker,
+            train_loop_config=job.model_dump(mode="json"),
+            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
+                use_gpu=resources.gpu is not None,
+                resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
+                accelerator_type=resources.gpu if resources.gpu not in (None, "any") else None,
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as e:
+            lines = [line for line in str(e).splitlines() if line.strip()]
+            raise AttemptFailed(
+                f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
+                next_step=f"See the workers' own words: headway logs {name}",
+            ) from e
