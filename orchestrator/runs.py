@@ -28,7 +28,7 @@ def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentit
     """Find out which run this is; the source is listed, not read.
 
     Raises:
-        EmptySource, RunError: there is no such data. StoreError: the store cannot be reached.
+        EmptySource, SpecError: there is no such data. StoreError: the store cannot be reached.
     """
     code = code_digest(working_directory) if spec.user_code else ""
     if spec.data.train is not None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from orchestrator.errors import IntegrityError, NotFound, RunError
+from orchestrator.errors import IntegrityError, NotFound, SpecError
 from orchestrator.spec import DataSpec, canonical_json
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
@@ -115,7 +115,7 @@ def find_dataset(store: Store, reference: str) -> DatasetManifest:
     """The dataset that ``NAME`` or ``NAME@FINGERPRINT`` means; of several preparations the newest.
 
     Raises:
-        RunError: there is none.
+        SpecError: there is none.
     """
     name, _, wanted = reference.partition("@")
     if wanted:
@@ -129,7 +129,7 @@ def find_dataset(store: Store, reference: str) -> DatasetManifest:
         except NotFound:
             continue
     if not found:
-        raise RunError(
+        raise SpecError(
             f"data.dataset: there is no prepared dataset {reference!r} in {store.uri}.",
             next_step="See headway list datasets, or give data.train a source to prepare.",
         )

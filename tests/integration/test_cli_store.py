@@ -16,7 +16,7 @@ import yaml
 from orchestrator import cli
 from orchestrator.checkpoint.format import Manifest, State
 from orchestrator.dataset.format import DatasetManifest, Shard, Split, Tokenizer
-from orchestrator.errors import Fenced, RunError
+from orchestrator.errors import Fenced, SpecError
 from orchestrator.record import EventLog
 from orchestrator.release import channels
 from orchestrator.release.channels import ChannelStatus
@@ -259,7 +259,7 @@ def test_files_that_hold_nothing_are_no_source(run: Cli, store: Store, tmp_path:
 def test_an_unknown_dataset(run: Cli, filled: Store, tmp_path: Path, name: str) -> None:
     write_run_file(tmp_path, {"dataset": name})
     said = run("submit", "run.yaml", "--target", NOWHERE, "--json")
-    said.assert_refused(RunError.exit_code, "data.dataset", repr(name)).assert_next_step("headway list datasets")
+    said.assert_refused(SpecError.exit_code, "data.dataset", repr(name)).assert_next_step("headway list datasets")
 
 
 def test_plan_goes_on_where_the_data_cannot_be_listed(run: Cli, store: Store, tmp_path: Path) -> None:

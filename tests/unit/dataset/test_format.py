@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.dataset.format import find_dataset, fingerprint, is_held_out, read_manifest
-from orchestrator.errors import IntegrityError, NotFound, RunError
+from orchestrator.errors import IntegrityError, NotFound, SpecError
 from orchestrator.spec import DataSpec
 from orchestrator.store import layout
 from tests.unit.fakes import MemoryStore
@@ -117,7 +117,7 @@ def test_of_several_preparations_the_newest_is_meant(memory_store: MemoryStore) 
     memory_store.create(layout.dataset("text", "dddd") + "train-00000.bin", b"not committed")
     assert find_dataset(memory_store, "text").fingerprint == "bbbb"
     assert find_dataset(memory_store, "text@cccc").fingerprint == "cccc"
-    with pytest.raises(RunError, match="no prepared dataset 'text@dddd'"):
+    with pytest.raises(SpecError, match="no prepared dataset 'text@dddd'"):
         find_dataset(memory_store, "text@dddd")
     with pytest.raises(NotFound):
         read_manifest(memory_store, "text", "dddd")
