@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +30,12 @@ STORE_VARIABLE = "HEADWAY_STORE"
 CONFLICT_TRIES = 6
 PART_BYTES = 16 * 2**20
 _TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=8)
+_SETTINGS = {
+    "aws_access_key_id": "AWS_ACCESS_KEY_ID",
+    "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    "endpoint_url": "AWS_ENDPOINT_URL",
+    "region_name": "AWS_REGION",
+}
 _GONE = {"404", "NoSuchKey", "NotFound"}
 _NEXT_STEP = {
     "NoSuchBucket": "Create the bucket, or name another with --store or HEADWAY_STORE.",
@@ -71,7 +77,7 @@ class Store:
     def __init__(self, bucket: str, prefix: str = "", *, client: Any = None) -> None:
         self.bucket = bucket
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        self._client = client or _new_client(PATIENT)
+        self._client = client or new_client(PATIENT)
 
     @property
     def uri(self) -> str:
@@ -309,7 +315,7 @@ def open_store(uri: str | None = None, *, patience: Patience = PATIENT) -> Store
             "No store is set.",
             next_step=f"Set {STORE_VARIABLE}=s3://bucket/prefix, give --store, or start the embedded one: headway up",
         )
-    return Store(*split_uri(chosen), client=_new_client(patience))
+    return Store(*split_uri(chosen), client=new_client(patience))
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -320,7 +326,13 @@ def split_uri(uri: str) -> tuple[str, str]:
     return parts.netloc, uri.removeprefix(f"s3://{parts.netloc}").strip("/")
 
 
-def _new_client(patience: Patience) -> Any:
+def new_client(patience: Patience, settings: Mapping[str, str] | None = None) -> Any:
+    """A boto3 client. ``settings`` are AWS_… variables that count in place of this process's own.
+
+    Raises:
+        StoreError: the variables or the profile make no sense to boto3.
+    """
+    given = {name: (settings or {}).get(variable) for name, variable in _SETTINGS.items()}
     logging.getLogger("botocore").setLevel(logging.WARNING)  # else every Ray worker tells where its keys come from
     config = Config(
         retries={"mode": "standard", "max_attempts": patience.attempts},
@@ -332,6 +344,6 @@ def _new_client(patience: Patience) -> Any:
     try:
         session = boto3.session.Session()
         region = session.region_name or "us-east-1"
-        return session.client("s3", config=config, region_name=region)
+        return session.client("s3", config=config, **{"region_name": region} | {k: v for k, v in given.items() if v})
     except botocore.exceptions.BotoCoreError as e:
         raise StoreError(f"No S3 client can be made: {e}.", next_step="Check the AWS_… variables and profile.") from e
