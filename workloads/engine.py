@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        _use_own_ninja()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device, self.precision = device, precision
         self._split = split
@@ -127,4 +131,13 @@ def build_cpu_op() -> None:
     """Compile DeepSpeed's CPU communication op, about half a minute, so that workers find it built."""
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+    _use_own_ninja()
     ShareMemCommBuilder().load(verbose=False)
+
+
+def _use_own_ninja() -> None:
+    """Put this environment's programs first on PATH: two versions of ninja rebuild each other's work, every time."""
+    own = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if not path.startswith(own):
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"

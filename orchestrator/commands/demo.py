@@ -52,7 +52,7 @@ model:
     tie_word_embeddings: true
 data: {train: "SOURCE", format: text, vocab_size: 2048, eval_fraction: 0.05, sequence_length: 128}
 train:
-  steps: 500
+  steps: 450
   global_batch_size: 8
   micro_batch_size: 8
   optimizer: {learning_rate: 5.0e-3, warmup_steps: 25, weight_decay: 0.1, schedule: cosine}
