@@ -49,13 +49,13 @@ def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, sa
         RunError: it failed for good (committed). Interrupted: it was asked to stop. Any other HeadwayError, or
         Ray's own: this attempt failed, and the next one goes on from what is committed.
     """
-    check_task(spec)
     require_conditional_writes(store)
     identity = identify(spec, store, working_directory)
     standing = read_outcome(store, identity.run_id)
     if standing is not None:
         say(f"{identity.run_id} is {standing.state} already.")
         return standing
+    check_task(spec)
     _record_spec(store, spec, identity)
     attempt = claim_attempt(
         store, identity.run_id, facts={"host": socket.gethostname(), "job": job_id, "headway": __version__}
@@ -65,7 +65,9 @@ def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, sa
     try:
         with _stop_on_signal(store, attempt):
             pipeline = Pipeline(spec, store, identity, attempt, events, say)
-            outcome = commit_outcome(store, pipeline.execute())
+            found = pipeline.execute()
+            ensure_newest(store, attempt)
+            outcome = commit_outcome(store, found)
         events.append("outcome", state=outcome.state, reason=outcome.reason)
         end_attempt(store, attempt, state=outcome.state, reason=outcome.reason)
         return outcome
