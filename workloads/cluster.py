@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from orchestrator.errors import AttemptFailed, TargetError
+from orchestrator.errors import AttemptFailed, HeadwayError, TargetError
 from workloads.train import TrainJob, worker
 
 
@@ -78,3 +79,38 @@ def fit(job: TrainJob, name: str) -> None:
                 f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
                 next_step=f"See the workers' own words: headway logs {name}",
             ) from e
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """What a Ray task raised, as the error that it raised, without the traceback of the way.
+
+    Raises:
+        HeadwayError: the task's own. AttemptFailed: the task died, or raised something else.
+    """
+    import ray
+
+    try:
+        yield
+    except HeadwayError as e:
+        if not isinstance(e, ray.exceptions.RayError):
+            raise
+        raise _own_error(e) from e
+    except ray.exceptions.RayError as e:
+        raise _own_error(e) from e
+
+
+def _own_error(error: BaseException) -> HeadwayError:
+    """The Headway error at the bottom of Ray's, or one that quotes its last line. Pure."""
+    import ray
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, HeadwayError) and not isinstance(seen, ray.exceptions.RayError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return AttemptFailed(
+        f"A task on the cluster failed: {lines[-1] if lines else type(error).__name__}",
+        next_step="Submit it again to go on; the whole log: headway logs",
+    )

@@ -65,11 +65,19 @@ class Engine:
         """Apply the accumulated gradients. Returns the global gradient norm before clipping, NaN if it has none."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        plain = self._plain_norm()
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        norm = plain if plain is not None else self._engine.get_global_grad_norm()
         if norm is None or (self._engine.fp16_enabled() and self._engine.optimizer.overflow):
             return 0.0  # fp16 skipped this step and lowers its loss scale
         return float(norm) if norm >= 0 else math.nan  # DeepSpeed says -1 for a norm that is not finite
+
+    def _plain_norm(self) -> float | None:
+        """The norm where DeepSpeed keeps none: without ZeRO in fp32, every rank holds the whole reduced gradient."""
+        if not self.state.is_replicated:
+            return None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

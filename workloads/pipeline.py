@@ -7,6 +7,7 @@ a second submission of the same run goes on where the last one stopped, and repe
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import socket
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.checkpoint.catalog import committed_steps, read_manifest
 from orchestrator.dataset.format import DatasetManifest
-from orchestrator.errors import AlreadyExists, HeadwayError, Interrupted, NotFound, RunError
+from orchestrator.errors import AlreadyExists, AttemptFailed, HeadwayError, Interrupted, NotFound, RunError
 from orchestrator.plan import num_steps
 from orchestrator.record import EventLog
 from orchestrator.release import channels
@@ -28,11 +29,11 @@ from orchestrator.release.gate import GateDecision, Serving, decide
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.release.versions import CheckpointSource, DatasetSource, Version, publish, read_version
 from orchestrator.runs import RunIdentity, identify
-from orchestrator.spec import RunSpec
+from orchestrator.spec import ReleaseSpec, RunSpec
 from orchestrator.store import Attempt, Store, claim_attempt, layout
 from orchestrator.store.attempts import end_attempt, ensure_newest, request_stop, stop_reason
 from orchestrator.store.probe import require_conditional_writes
-from workloads.cluster import fit
+from workloads.cluster import fit, own_errors
 from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
 from workloads.prepare import prepare
@@ -46,8 +47,8 @@ def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, sa
     """Bring a run to its outcome, from wherever it stands.
 
     Raises:
-        RunError: it failed for good (committed). Interrupted: it was asked to stop. Any other HeadwayError, or
-        Ray's own: this attempt failed, and the next one goes on from what is committed.
+        Interrupted: it was asked to stop. Any other HeadwayError: this attempt failed, and the next one goes on from
+        what is committed. A fault that no retry changes, a RunError, is no exception here but the run's outcome.
     """
     require_conditional_writes(store)
     identity = identify(spec, store, working_directory)
@@ -70,6 +71,11 @@ def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, sa
             outcome = commit_outcome(store, found)
         events.append("outcome", state=outcome.state, reason=outcome.reason)
         end_attempt(store, attempt, state=outcome.state, reason=outcome.reason)
+        return outcome
+    except RunError as e:
+        ensure_newest(store, attempt)
+        outcome = commit_outcome(store, Outcome.failed(identity.run_id, attempt=attempt.number, reason=str(e)))
+        _record_end(store, attempt, events, e)
         return outcome
     except BaseException as e:
         _record_end(store, attempt, events, e)
@@ -157,6 +163,9 @@ class Pipeline:
         except NotFound:
             pass
         found = evaluate(self.spec, self.store, dataset, prefix=exported.prefix, files=exported.files)
+        broken = {name: value for name, value in found.items() if not math.isfinite(value)}
+        if broken:
+            raise RunError(f"The exported model's evaluation is not finite: {broken}.")
         self.events.append("evaluation", **found)
         try:
             self.store.create_json(key, found)
@@ -167,7 +176,7 @@ class Pipeline:
     def _gate(self, dataset: DatasetManifest, evaluation: dict[str, float]) -> tuple[GateDecision, Serving | None]:
         serving = None
         if self.spec.release and self.spec.gate.must_beat_serving:
-            serving = _serving(self.store, self.spec.release.model, self.spec.release.channel, dataset)
+            serving = _serving(self.store, self.spec.release, dataset, but_for=self.identity.run_id)
         decision = decide(self.spec.gate, evaluation=evaluation, serving=serving)
         self.events.append("gate", passed=decision.passed, reasons=list(decision.reasons))
         return decision, serving
@@ -176,8 +185,12 @@ class Pipeline:
         self, dataset: DatasetManifest, exported: Export, evaluation: dict[str, float], decision: GateDecision
     ) -> str:
         release = self.spec.release
-        if release is None or exported.version is None:
-            raise RunError("This run's export claimed no version, since its run file had no release then.")
+        prefix = layout.version(release.model, exported.version) if release and exported.version else ""
+        if release is None or exported.version is None or exported.prefix != prefix:
+            raise AttemptFailed(
+                f"{self.identity.run_id} was exported for another release, to {self.store.uri_of(exported.prefix)}.",
+                next_step="Set release as it was then, or change the run's name to train it anew.",
+            )
         ensure_newest(self.store, self.attempt)
         version = Version(
             model=release.model,
@@ -198,18 +211,30 @@ class Pipeline:
             publish(self.store, version)
         except AlreadyExists:  # an earlier attempt of this very run got this far: the number is its claim
             version = read_version(self.store, release.model, exported.version)
-        entries = channels.history(self.store, release.model, release.channel)
-        if not any(entry.run_id == self.identity.run_id for entry in entries):
-            channels.append(
-                self.store,
-                release.model,
-                release.channel,
-                version=version.number,
-                by=f"run {self.identity.run_id}",
-                reason="passed the gate",
-                run_id=self.identity.run_id,
-            )
+        self._append(release, version.number)
         return version.name
+
+    def _append(self, release: ReleaseSpec, version: int) -> None:
+        """Append this run's one entry to the channel: right after what was seen, or look again."""
+        while True:
+            entries = channels.history(self.store, release.model, release.channel)
+            if any(entry.run_id == self.identity.run_id for entry in entries):
+                return
+            ensure_newest(self.store, self.attempt)
+            try:
+                channels.append(
+                    self.store,
+                    release.model,
+                    release.channel,
+                    version=version,
+                    by=f"run {self.identity.run_id}",
+                    reason="passed the gate",
+                    run_id=self.identity.run_id,
+                    after=entries[-1].number if entries else 0,
+                )
+                return
+            except AlreadyExists:
+                continue
 
     # -- what is known
 
@@ -260,18 +285,20 @@ class Pipeline:
         self.say(f"{name} …")
         self.events.append("stage_started", stage=name)
         started = time.monotonic()
-        yield
+        with own_errors():
+            yield
         seconds = round(time.monotonic() - started, 2)
         self.events.append("stage_done", stage=name, seconds=seconds)
         self.say(f"{name} done in {seconds:.1f} s")
 
 
-def _serving(store: Store, model: str, channel: str, dataset: DatasetManifest) -> Serving | None:
-    """The version in force on the channel, as the gate sees it."""
-    entry = channels.newest(store, model, channel)
-    if entry is None:
+def _serving(store: Store, release: ReleaseSpec, dataset: DatasetManifest, *, but_for: str) -> Serving | None:
+    """The version to beat: that of the channel's newest entry which is not of the run ``but_for`` itself."""
+    history = channels.history(store, release.model, release.channel)
+    others = [entry for entry in history if entry.run_id != but_for]
+    if not others:
         return None
-    version = read_version(store, model, entry.version)
+    version = read_version(store, release.model, others[-1].version)
     return Serving(
         version=version.number,
         evaluation=version.evaluation,

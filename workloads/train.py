@@ -25,8 +25,8 @@ from orchestrator.plan import resolve_precision, split_batch
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.schedule import learning_rate
 from orchestrator.spec import RunSpec
-from orchestrator.store import Attempt, open_store
-from orchestrator.store.attempts import ensure_newest
+from orchestrator.store import Attempt, Store, open_store
+from orchestrator.store.attempts import ensure_newest, newest_attempt
 from workloads.engine import Engine
 from workloads.feed import BatchFeed, open_feed
 from workloads.observer import Observer, observed
@@ -53,7 +53,7 @@ class TrainJob(BaseModel):
         return Attempt(run_id=self.run_id, number=self.attempt, nonce=self.attempt_nonce)
 
 
-End = Literal["complete", "stopped", "failed"]
+End = Literal["complete", "stopped"]
 
 
 def train(
@@ -67,12 +67,12 @@ def train(
     """Train from the newest committed checkpoint to the last step. Every rank calls it with torch.distributed set up.
 
     Raises:
-        Fenced: a newer attempt has taken over. StoreError, IntegrityError: the data or a checkpoint is unusable.
+        Fenced: a newer attempt has taken over, or the run has its outcome. NotFinite: the loss or the gradient is not
+        a number, on all ranks alike. RunError: another fault that a retry does not change.
+        StoreError, IntegrityError: the data or a checkpoint is unusable.
     """
     spec, store, attempt = job.spec, open_store(job.store), job.attempt_claim()
-    if read_outcome(store, job.run_id) is not None:
-        return "failed"
-    ensure_newest(store, attempt)
+    require_ours(store, attempt, rank=rank)
     manifest = read_manifest(store, *job.dataset)
     task = task_of(spec, manifest)
     split = split_batch(spec.train.global_batch_size, world_size, spec.train.micro_batch_size)
@@ -191,13 +191,34 @@ class Loop:
         return float(sum(self.task.num_targets(batch) for batch in micro_batches))
 
 
+class NotFinite(RunError):
+    """Raised by all ranks at the same step, since they share the loss and the norm."""
+
+
+def require_ours(store: Store, attempt: Attempt, *, rank: int) -> None:
+    """Rank 0 looks whether the run is still this attempt's to train, and all ranks do as it found. Collective.
+
+    Raises:
+        Fenced: a newer attempt has taken over, or the run has its outcome.
+    """
+    seen = torch.zeros(2, dtype=torch.int64)
+    if rank == 0:
+        seen[0] = newest_attempt(store, attempt.run_id)
+        seen[1] = read_outcome(store, attempt.run_id) is not None
+    dist.broadcast(seen, src=0)
+    if int(seen[0]) != attempt.number:
+        raise Fenced(f"Attempt {attempt.number} of {attempt.run_id} is fenced: attempt {int(seen[0])} has taken over.")
+    if seen[1]:
+        raise Fenced(f"{attempt.run_id} has its outcome; there is nothing to train.")
+
+
 def require_finite(loss: float, grad_norm: float, *, step: int) -> None:
     """
     Raises:
-        RunError: the step's loss or gradient is NaN or infinite; going on would only save broken weights.
+        NotFinite: the step's loss or gradient is NaN or infinite; going on would only save broken weights.
     """
     if not math.isfinite(loss + grad_norm):
-        raise RunError(
+        raise NotFinite(
             f"The loss became {loss} and the gradient norm {grad_norm} at step {step}.",
             next_step="Lower train.optimizer.learning_rate, add warmup_steps, or look at the data of that step.",
         )
@@ -239,13 +260,16 @@ def worker(config: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
         train(job, rank=rank, world_size=world_size, device=device, on_step=ray_metrics(job, rank))
+    except Fenced as e:
+        logger.warning("%s", e)
     except RunError as e:
         # A retry cannot change this: it is committed, so that neither Ray nor a later attempt tries again.
         store = open_store(job.store)
+        ensure_newest(store, job.attempt_claim())
         commit_outcome(store, Outcome.failed(job.run_id, attempt=job.attempt, reason=str(e)))
         logger.error("%s", e)
-    except Fenced as e:
-        logger.warning("%s", e)
+        if not isinstance(e, NotFinite):
+            raise  # the other ranks know nothing of it: Ray ends the group, and the next one finds the outcome
 
 
 def ray_metrics(job: TrainJob, rank: int) -> Callable[[dict[str, float]], None]:

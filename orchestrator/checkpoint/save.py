@@ -143,7 +143,7 @@ class CheckpointWriter:
             self._upload(folder)
             if self._rank == 0:
                 self._commit(folder, scalars)
-                remove_old(self._store, self._attempt, keep=self._keep)
+                remove_old(self._store, self._attempt, keep=self._keep, just_committed=scalars.step)
         except HeadwayError as e:
             self._tell_failed(folder, e)
             return Saved(step=scalars.step, seconds=time.perf_counter() - started, size_bytes=size_bytes, error=e)
@@ -336,11 +336,12 @@ def assemble(
     )
 
 
-def remove_old(store: Store, attempt: Attempt, *, keep: int) -> None:
-    """Keep the ``keep`` newest committed checkpoints of the run.
+def remove_old(store: Store, attempt: Attempt, *, keep: int, just_committed: int) -> None:
+    """Keep the ``keep`` newest committed checkpoints of the run, and the one just committed.
 
     What goes: older committed ones (manifest first, so that none is ever half there), and what this attempt and
-    earlier ones left uncommitted before the newest kept one. What newer attempts write is left alone.
+    earlier ones left uncommitted before the step just committed. What newer attempts write is left alone, and so is
+    what comes after that step: other ranks may be at the next save already.
     """
     root = layout.checkpoints(attempt.run_id)
     by_step: dict[int, list[str]] = {}
@@ -349,9 +350,9 @@ def remove_old(store: Store, attempt: Attempt, *, keep: int) -> None:
         if name.startswith("step-") and name[5:].isdigit():
             by_step.setdefault(int(name[5:]), []).append(item.key)
     manifests = {step for step, keys in by_step.items() if layout.checkpoint_manifest(attempt.run_id, step) in keys}
-    kept = sorted(manifests)[-keep:]
+    kept = {*sorted(manifests)[-keep:], just_committed}
     for step, keys in by_step.items():
-        if step in kept or not kept or step > kept[-1]:
+        if step in kept or step > just_committed:
             continue
         if step in manifests:
             store.delete([layout.checkpoint_manifest(attempt.run_id, step)])

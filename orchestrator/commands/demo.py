@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import sysconfig
@@ -19,7 +20,7 @@ from orchestrator.commands.serve import deploy
 from orchestrator.commands.stack import folder_of
 from orchestrator.commands.submit import send
 from orchestrator.commands.watch import watch
-from orchestrator.errors import Interrupted, TargetError
+from orchestrator.errors import Interrupted, TargetError, TimedOut
 from orchestrator.reporter import Reporter, Result
 from orchestrator.spec import RunSpec, load
 from orchestrator.store import Store, open_store
@@ -88,6 +89,7 @@ def demo(directory: Path | None, options: StackOptions, reporter: Reporter) -> R
             channel="production",
             replicas=1,
             route_prefix="/",
+            bind="127.0.0.1",
             host="127.0.0.1",
             port=stack.ray_ports.serve,
             timeout_s=_SERVE_TIMEOUT_S,
@@ -121,7 +123,8 @@ def _train(
                 watched = watch(sent.run_id, sent.submission_id, store, cluster, reporter, from_attempt=sent.attempt)
         except Interrupted as e:
             reporter.say("Interrupted: the run saves and ends …")
-            stop_run(sent.run_id, store, cluster, timeout_s=60.0, reporter=reporter)
+            with contextlib.suppress(TimedOut):  # its job has been ended then
+                stop_run(sent.run_id, store, cluster, timeout_s=60.0, reporter=reporter)
             raise Interrupted(
                 f"{sent.run_id} is stopped; its checkpoints are kept, and the stack is still up.",
                 next_step="Go on with the same command, or end the stack: headway down",

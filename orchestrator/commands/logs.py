@@ -43,10 +43,10 @@ def stop_run(run_id: str, store: Store, cluster: Target, *, timeout_s: float, re
     outcome = read_outcome(store, run_id)
     if outcome is not None:
         return {"run_id": run_id, "state": outcome.state}, f"{run_id} is {outcome.state}; there is nothing to stop."
-    job = in_flight(store, cluster, run_id)
-    if job is None:
+    flight = in_flight(store, cluster, run_id)
+    if flight is None:
         return {"run_id": run_id, "state": "idle"}, f"{run_id} is not running."
-    number = newest_attempt(store, run_id)
+    job, number = flight.job, flight.attempt
     request_stop(store, run_id, number, reason="headway stop")
     reporter.say(f"{run_id} is asked to save and end …")
     deadline = time.monotonic() + timeout_s

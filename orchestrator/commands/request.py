@@ -48,12 +48,12 @@ def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target, *
         version=__version__,
         package_digest=packed.digest,
         env_vars={"HEADWAY_STORE": store.uri},
-        repeat=_free_repeat(target, identity.run_id, attempt),
+        repeat=free_repeat(target, identity.run_id, attempt),
     )
     return Prepared(identity=identity, attempt=attempt, request=request, package=packed)
 
 
-def _free_repeat(target: Target, run_id: str, attempt: int) -> int:
+def free_repeat(target: Target, run_id: str, attempt: int) -> int:
     """The first submission id of this attempt number that no ended job has: Ray takes each id once."""
     repeat = 0
     while (found := target.find(submission_id(run_id, attempt, repeat=repeat))) is not None and found.state.ended:

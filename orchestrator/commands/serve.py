@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from orchestrator.commands.context import find_store, find_target, require_stack
 from orchestrator.errors import TargetError, UsageError
 from orchestrator.release import channels
@@ -10,6 +12,7 @@ from orchestrator.store import Store
 from orchestrator.targets.serve_api import ServeApi
 
 _IMPORT_PATH = "workloads.serve.app:build"
+_SERVE_PORT = 8000  # Ray Serve's own default, on clusters that are not ours
 
 
 def serve(
@@ -24,9 +27,10 @@ def serve(
     reporter: Reporter,
 ) -> Result:
     cluster, store = find_target(target), find_store(store_uri)
-    host, port = "127.0.0.1", 8000
     if target == "local":
-        host, port = require_stack().serve_url.removeprefix("http://").split(":")[0], require_stack().ray_ports.serve
+        bind, host, port = "127.0.0.1", "127.0.0.1", require_stack().ray_ports.serve
+    else:
+        bind, host, port = "0.0.0.0", urlsplit(cluster.url).hostname or "", _SERVE_PORT
     endpoint = deploy(
         ServeApi(cluster.url),
         store,
@@ -34,6 +38,7 @@ def serve(
         channel=channel,
         replicas=replicas,
         route_prefix=route_prefix,
+        bind=bind,
         host=host,
         port=port,
         timeout_s=timeout_s,
@@ -50,6 +55,7 @@ def deploy(
     channel: str,
     replicas: int,
     route_prefix: str,
+    bind: str,
     host: str,
     port: int,
     timeout_s: float,
@@ -76,10 +82,10 @@ def deploy(
     endpoint = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     reporter.say(f"Serving {model}@{entry.version} at {endpoint} …")
     try:
-        api.deploy(application, host=host, port=port)
+        api.deploy(application, host=bind, port=port)
     except TargetError as e:
         raise TargetError(
             e.message, next_step=f"Is the route {route_prefix} taken? Choose one with --route-prefix."
         ) from e
-    api.wait_until_answering(name, f"{endpoint}/v1/models", timeout_s=timeout_s)
+    api.wait_until_answering(name, f"{endpoint}/v1/models/{model}", timeout_s=timeout_s)
     return endpoint

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.commands.context import find_store, find_target
-from orchestrator.commands.request import build_request
+from orchestrator.commands.request import build_request, free_repeat
 from orchestrator.commands.watch import Watched, watch
 from orchestrator.errors import SpecError
 from orchestrator.release.outcome import Outcome, read_outcome
+from orchestrator.render import submission_id
 from orchestrator.reporter import Reporter, Result
 from orchestrator.runs import identify
 from orchestrator.spec import RunSpec, load
@@ -68,11 +69,10 @@ def send(spec: RunSpec, run_file: Path, store: Store, target: Target, reporter: 
     if standing is not None:
         reporter.say(f"{identity.run_id} is {standing.state} already; nothing is sent.")
         return Sent(run_id=identity.run_id, submission_id="", attached=True, outcome=standing)
-    job = in_flight(store, target, identity.run_id)
-    if job is not None:
-        reporter.say(f"{identity.run_id} is in flight as {job}; attached.")
-        attempt = newest_attempt(store, identity.run_id)
-        return Sent(run_id=identity.run_id, submission_id=job, attached=True, attempt=attempt)
+    flight = in_flight(store, target, identity.run_id)
+    if flight is not None:
+        reporter.say(f"{identity.run_id} is in flight as {flight.job}; attached.")
+        return Sent(run_id=identity.run_id, submission_id=flight.job, attached=True, attempt=flight.attempt)
     prepared = build_request(spec, run_file, store, target, directory=directory)
     for skipped in prepared.package.skipped:
         reporter.say(f"not sent: {skipped}")
@@ -86,14 +86,29 @@ def send(spec: RunSpec, run_file: Path, store: Store, target: Target, reporter: 
     )
 
 
-def in_flight(store: Store, target: Target, run_id: str) -> str | None:
-    """The job that works on the run now, by its newest attempt and by what the target says; else None."""
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A job that works on a run, or is about to."""
+
+    job: str
+    attempt: int
+
+
+def in_flight(store: Store, target: Target, run_id: str) -> Flight | None:
+    """The job that works on the run now: the newest attempt's, or one sent that has claimed none yet; else None."""
     number = newest_attempt(store, run_id)
-    if number == 0 or attempt_end(store, run_id, number) is not None:
-        return None
-    job = str(read_attempt(store, run_id, number).get("job", ""))
-    status = target.find(job)
-    return job if status is not None and not status.state.ended else None
+    flights = [
+        Flight(
+            job=submission_id(run_id, number + 1, repeat=free_repeat(target, run_id, number + 1)), attempt=number + 1
+        )
+    ]
+    if number and attempt_end(store, run_id, number) is None:
+        flights.insert(0, Flight(job=str(read_attempt(store, run_id, number).get("job", "")), attempt=number))
+    for flight in flights:
+        status = target.find(flight.job)
+        if status is not None and not status.state.ended:
+            return flight
+    return None
 
 
 def describe(outcome: Outcome) -> str:

@@ -77,17 +77,21 @@ def append(
     reason: str,
     run_id: str | None = None,
     canary: Canary | None = None,
+    after: int | None = None,
 ) -> ChannelEntry:
     """Say that ``version`` is to serve.
 
+    Args:
+        after: the entry that this one follows; where another has come meanwhile, nothing is appended.
+
     Raises:
-        UsageError: there is no such version.
+        UsageError: there is no such version. AlreadyExists: another entry follows ``after`` already.
     """
     for wanted in (version, *([canary.version] if canary else [])):
         if not store.exists(layout.version_manifest(model, wanted)):
             raise UsageError(f"There is no version {model}@{wanted}.", next_step=f"See: headway show {model}")
     entry = ChannelEntry(
-        number=max(entry_numbers(store, model, channel), default=0) + 1,
+        number=(max(entry_numbers(store, model, channel), default=0) if after is None else after) + 1,
         version=version,
         canary=canary,
         by=by,
@@ -96,6 +100,9 @@ def append(
         created_s=time.time(),
         nonce=secrets.token_hex(8),
     )
+    if after is not None:
+        store.create_json(layout.channel_entry(model, channel, entry.number), entry.model_dump(mode="json"))
+        return entry
     number = store.create_numbered(
         entry.number - 1,
         lambda number: layout.channel_entry(model, channel, number),

@@ -119,6 +119,10 @@ class Follower:
         except Exception as e:  # whatever a foreign file makes transformers raise
             if isinstance(e, EnvironmentUnusable) and not isinstance(e, NotFound):
                 raise
+            if (
+                isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+            ):  # torch's, which is not imported here
+                raise EnvironmentUnusable(f"{self.model}@{number} does not fit into memory now: {e}.") from e
             self._reject(number, e)
             return None
         logger.info("%s loaded in %.1f s", version.name, self.clock() - started_s)

@@ -370,7 +370,7 @@ def test_the_newest_are_kept_and_a_manifest_goes_first() -> None:
     for step in (2, 4, 6, 8):
         save(store, attempt, step, keep=10)
     store.deleted.clear()
-    remove_old(store, attempt, keep=2)
+    remove_old(store, attempt, keep=2, just_committed=8)
     assert committed_steps(store, "run-1") == [8, 6]
     assert {key.split("/")[3] for key in store.objects if "/checkpoints/" in key} == {"step-00000006", "step-00000008"}
     assert store.deleted[0] == [layout.checkpoint_manifest("run-1", 2)]
@@ -391,17 +391,25 @@ def test_leftovers_go_and_what_is_under_way_stays(memory_store: MemoryStore, att
 
     gone = [leave(3, "00001-aaaa"), leave(5, "00002-bbbb")]
     stay = [leave(9, "00002-aabb"), leave(9, "00001-aaaa"), leave(7, "00003-cccc"), leave(12, "00003-cccc")]
-    remove_old(memory_store, second, keep=3)
+    remove_old(memory_store, second, keep=3, just_committed=8)
     assert not [key for key in gone if key in memory_store.objects]
     assert all(key in memory_store.objects for key in stay)
     assert committed_steps(memory_store, "run-1") == [8]
 
 
-def test_nothing_goes_before_anything_is_committed(memory_store: MemoryStore, attempt: Attempt) -> None:
+def test_what_comes_after_the_step_just_committed_stays(memory_store: MemoryStore, attempt: Attempt) -> None:
     memory_store.upload(f"{layout.checkpoint('run-1', 3)}00001-aaaa/rank-00000.safetensors", b"x")
     before = memory_store.objects
-    remove_old(memory_store, attempt, keep=1)
+    remove_old(memory_store, attempt, keep=1, just_committed=2)
     assert memory_store.objects == before
+
+
+def test_the_step_just_committed_stays_below_a_newer_damaged_one(memory_store: MemoryStore, attempt: Attempt) -> None:
+    save(memory_store, attempt, 8)
+    save(memory_store, attempt, 4, keep=1)
+    assert committed_steps(memory_store, "run-1") == [8, 4]
+    manifest, _ = read_manifest(memory_store, "run-1", 4)
+    CheckpointReader(memory_store, "run-1", manifest).check_all()
 
 
 def test_many_ranks_make_one_checkpoint(memory_store: MemoryStore, attempt: Attempt) -> None:
