@@ -237,7 +237,7 @@ def test_a_loss_that_is_no_number_stops_the_run(store: Store, groups: Groups) ->
     spec = make_spec(task=f"{TASKS}:NanAtStepSix", every_steps=2, keep=10)
     job, _ = make_job(store, spec, "nan", total_steps=12)
     answers = groups.of(2).run(run_training, job, NEVER, NEVER)
-    assert [answer.error for answer in answers] == ["RunError"] * 2
+    assert [answer.error for answer in answers] == ["NotFinite"] * 2
     assert all("at step 6." in answer.message for answer in answers)
     assert committed_steps(store, "nan") == [4, 2]
     assert not [key for key in objects(store, "nan") if "step-00000006" in key]
