@@ -47,7 +47,10 @@ def stop_run(run_id: str, store: Store, cluster: Target, *, timeout_s: float, re
     if flight is None:
         return {"run_id": run_id, "state": "idle"}, f"{run_id} is not running."
     job, number = flight.job, flight.attempt
-    request_stop(store, run_id, number, reason="headway stop")
+    if flight.claimed:
+        request_stop(store, run_id, number, reason="headway stop")
+    else:  # a request would outlive the job and stop whoever claims the number later
+        cluster.stop(job)
     reporter.say(f"{run_id} is asked to save and end …")
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

@@ -92,18 +92,19 @@ class Flight:
 
     job: str
     attempt: int
+    claimed: bool
+    """Whether the attempt exists; if not, it is the number that the job will claim."""
 
 
 def in_flight(store: Store, target: Target, run_id: str) -> Flight | None:
     """The job that works on the run now: the newest attempt's, or one sent that has claimed none yet; else None."""
     number = newest_attempt(store, run_id)
-    flights = [
-        Flight(
-            job=submission_id(run_id, number + 1, repeat=free_repeat(target, run_id, number + 1)), attempt=number + 1
-        )
-    ]
+    following = number + 1
+    sent = submission_id(run_id, following, repeat=free_repeat(target, run_id, following))
+    flights = [Flight(job=sent, attempt=following, claimed=False)]
     if number and attempt_end(store, run_id, number) is None:
-        flights.insert(0, Flight(job=str(read_attempt(store, run_id, number).get("job", "")), attempt=number))
+        job = str(read_attempt(store, run_id, number).get("job", ""))
+        flights.insert(0, Flight(job=job, attempt=number, claimed=True))
     for flight in flights:
         status = target.find(flight.job)
         if status is not None and not status.state.ended:

@@ -119,9 +119,8 @@ class Follower:
         except Exception as e:  # whatever a foreign file makes transformers raise
             if isinstance(e, EnvironmentUnusable) and not isinstance(e, NotFound):
                 raise
-            if (
-                isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
-            ):  # torch's, which is not imported here
+            # By name: torch, whose error it is, is not imported here.
+            if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
                 raise EnvironmentUnusable(f"{self.model}@{number} does not fit into memory now: {e}.") from e
             self._reject(number, e)
             return None
