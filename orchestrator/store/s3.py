@@ -1,4 +1,4 @@
-"""The only caller of S3. Credentials, region and endpoint follow boto3's own chain and variables.
+"""The store: an S3 prefix. Credentials, region and endpoint follow boto3's own chain and variables.
 
 Semantics used: PutObject with ``If-None-Match: *`` answers 412 where the key exists and 409 where another
 conditional write of it is under way (Amazon S3 User Guide, "Conditional requests").
@@ -6,59 +6,54 @@ conditional write of it is under way (Amazon S3 User Guide, "Conditional request
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import logging
 import os
 import random
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-import boto3
-import botocore.exceptions
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-
 from orchestrator.errors import AlreadyExists, IntegrityError, NotFound, StoreError, UsageError
 from orchestrator.spec import canonical_json
+from orchestrator.store.client import (
+    PART_BYTES,
+    PATIENT,
+    PROMPT,
+    UPLOAD_CONCURRENCY,
+    Connection,
+    PastTheEnd,
+    Patience,
+    WriteUnderWay,
+    new_client,
+    transfer_config,
+    translated,
+)
+from orchestrator.store.multipart import ViewFile, part_size, upload_stream
+
+__all__ = [
+    "PART_BYTES",
+    "PATIENT",
+    "PROMPT",
+    "STORE_VARIABLE",
+    "ObjectInfo",
+    "Patience",
+    "Store",
+    "UnfinishedUpload",
+    "new_client",
+    "open_store",
+    "split_uri",
+]
 
 STORE_VARIABLE = "HEADWAY_STORE"
 CONFLICT_TRIES = 6
-PART_BYTES = 16 * 2**20
-_TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=8)
-_SETTINGS = {
-    "aws_access_key_id": "AWS_ACCESS_KEY_ID",
-    "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
-    "endpoint_url": "AWS_ENDPOINT_URL",
-    "region_name": "AWS_REGION",
-}
-_GONE = {"404", "NoSuchKey", "NotFound"}
-_NEXT_STEP = {
-    "NoSuchBucket": "Create the bucket, or name another with --store or HEADWAY_STORE.",
-    "AccessDenied": "Check the rights of these credentials on this prefix.",
-    "403": "Check the rights of these credentials on this prefix.",
-    "InvalidAccessKeyId": "Check AWS_ACCESS_KEY_ID, or the profile in use.",
-    "SignatureDoesNotMatch": "Check AWS_SECRET_ACCESS_KEY, or the profile in use.",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long one request is tried for. Between attempts botocore waits up to 1, 2, 4, … s, at random."""
-
-    attempts: int
-    connect_timeout_s: float
-    read_timeout_s: float
-
-
-PATIENT = Patience(attempts=6, connect_timeout_s=5.0, read_timeout_s=60.0)
-"""For programs: a server that restarts costs them half a minute and nothing else."""
-PROMPT = Patience(attempts=3, connect_timeout_s=4.0, read_timeout_s=10.0)
-"""For people: a server that is down is named within 3 s, one that swallows connections within 15 s."""
+_UPLOAD_MARK = "headway-upload"
+_ONCE = "once"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +66,23 @@ class ObjectInfo:
     modified_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedUpload:
+    """A multipart upload that was neither completed nor aborted: its parts take space, and no listing shows them."""
+
+    key: str
+    upload_id: str
+    started_s: float
+    """By the server's clock, seconds since the epoch."""
+
+
 class Store:
     """An S3 prefix. Keys given and returned are relative to it. Safe to use from several threads."""
 
-    def __init__(self, bucket: str, prefix: str = "", *, client: Any = None) -> None:
+    def __init__(self, bucket: str, prefix: str = "", *, client: Connection | None = None) -> None:
         self.bucket = bucket
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        self._client = client or new_client(PATIENT)
+        self._connection = client or new_client(PATIENT)
 
     @property
     def uri(self) -> str:
@@ -86,9 +91,24 @@ class Store:
     def uri_of(self, key: str) -> str:
         return f"{self.uri}/{key}"
 
+    @property
+    def retries(self) -> int:
+        """How often a request, or the body of an answer, was asked for again, by all stores that share the client."""
+        return self._connection.num_retries
+
     def at(self, bucket: str, prefix: str = "") -> Store:
         """Another place reached with the same client: a source of data, say."""
-        return Store(bucket, prefix, client=self._client)
+        return Store(bucket, prefix, client=self._connection)
+
+    @property
+    def _client(self) -> Any:
+        return self._connection.api
+
+    def _place(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.prefix + key}
+
+    def _translated(self, key: str) -> translated:
+        return translated(self.uri_of(key), self._connection.endpoint_url)
 
     # -- reading
 
@@ -98,9 +118,8 @@ class Store:
         Raises:
             NotFound: no such object. StoreError: anything else.
         """
-        with _translated(self, key):
-            body: bytes = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key)["Body"].read()
-        return body
+        with self._translated(key):
+            return self._connection.read(**self._place(key))
 
     def get_json(self, key: str) -> Any:
         """A JSON object, parsed.
@@ -111,18 +130,19 @@ class Store:
         data = self.get(key)
         try:
             return json.loads(data)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise IntegrityError(f"{self.uri_of(key)} is not JSON: {e}.") from e
 
     def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
-        """``num_bytes`` bytes from ``start``; fewer come back only at the object's end."""
+        """``num_bytes`` bytes from ``start``; fewer come back only at the object's end, none beyond it."""
         if num_bytes == 0:
             return b""
         span = f"bytes={start}-{start + num_bytes - 1}"
-        with _translated(self, key):
-            answer = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, Range=span)
-            body: bytes = answer["Body"].read()
-        return body
+        try:
+            with self._translated(key):
+                return self._connection.read(**self._place(key), Range=span)
+        except PastTheEnd:
+            return b""
 
     def get_verified(self, key: str, *, sha256: str, size_bytes: int) -> bytes:
         """The whole object, checked against its digest.
@@ -142,8 +162,8 @@ class Store:
         """Fetch to ``path`` in parallel ranges. The file appears there only if its digest matches."""
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with _translated(self, key):
-                self._client.download_file(self.bucket, self.prefix + key, str(partial), Config=_TRANSFER)
+            with self._translated(key):
+                self._client.download_file(self.bucket, self.prefix + key, str(partial), Config=transfer_config())
             with partial.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
@@ -154,8 +174,8 @@ class Store:
 
     def exists(self, key: str) -> bool:
         try:
-            with _translated(self, key):
-                self._client.head_object(Bucket=self.bucket, Key=self.prefix + key)
+            with self._translated(key):
+                self._client.head_object(**self._place(key))
         except NotFound:
             return False
         return True
@@ -167,7 +187,7 @@ class Store:
             Prefix=self.prefix + prefix,
             **({"StartAfter": self.prefix + start_after} if start_after else {}),
         )
-        with _translated(self, prefix):
+        with self._translated(prefix):
             for page in pages:
                 for item in page.get("Contents", ()):
                     yield ObjectInfo(
@@ -182,10 +202,24 @@ class Store:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/"
         )
-        with _translated(self, prefix):
+        with self._translated(prefix):
             for page in pages:
                 for item in page.get("CommonPrefixes", ()):
                     yield item["Prefix"][len(self.prefix) + len(prefix) :].rstrip("/")
+
+    def unfinished_uploads(self, prefix: str) -> Iterator[UnfinishedUpload]:
+        """Multipart uploads under way, or left behind, of keys that start with ``prefix``."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self.bucket, Prefix=self.prefix + prefix
+        )
+        with self._translated(prefix):
+            for page in pages:
+                for item in page.get("Uploads", ()):
+                    yield UnfinishedUpload(
+                        key=item["Key"][len(self.prefix) :],
+                        upload_id=item["UploadId"],
+                        started_s=item["Initiated"].timestamp(),
+                    )
 
     # -- writing
 
@@ -196,20 +230,27 @@ class Store:
         who race for a name put a nonce into ``data``.
 
         Raises:
-            AlreadyExists: another writer's object has this key.
+            AlreadyExists: another writer's object has, or had, this key.
+            StoreError: it may have been created; the same call again finds out.
         """
         for tried in range(CONFLICT_TRIES):
             try:
-                with _translated(self, key):
-                    self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*")
+                with self._translated(key):
+                    self._client.put_object(**self._place(key), Body=data, IfNoneMatch="*")
                 return
             except AlreadyExists:
-                if self.get(key) == data:
+                if self._holds(key, data):
                     return
                 raise
-            except _WriteUnderWay:
+            except WriteUnderWay:
                 time.sleep(random.uniform(0, 0.05 * 2**tried))
         raise StoreError(f"{self.uri_of(key)}: other writes of it were under way in {CONFLICT_TRIES} tries.")
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.get(key) == data
+        except NotFound:
+            return False
 
     def create_json(self, key: str, value: Any) -> None:
         """:meth:`create` with canonical JSON."""
@@ -225,82 +266,102 @@ class Store:
             except AlreadyExists:
                 claimed += 1
 
-    def upload(self, key: str, source: bytes | BinaryIO | Path) -> None:
-        """Write a data object under a key that only this writer owns; by parallel parts where it is large."""
-        with _translated(self, key):
-            if isinstance(source, bytes) and len(source) <= PART_BYTES:
-                self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=source)
-            elif isinstance(source, Path):
-                self._client.upload_file(str(source), self.bucket, self.prefix + key, Config=_TRANSFER)
-            else:
-                import io
+    def upload(
+        self,
+        key: str,
+        source: bytes | memoryview | BinaryIO | Path,
+        *,
+        max_concurrency: int | None = None,
+        once: bool = False,
+    ) -> None:
+        """Write a data object under a key that only this writer owns; by parallel parts where it is large.
 
-                file = io.BytesIO(source) if isinstance(source, bytes) else source
-                self._client.upload_fileobj(file, self.bucket, self.prefix + key, Config=_TRANSFER)
+        With ``once``, bytes and streams are never written over an object that an earlier such upload left there: it
+        is this writer's own, and stays. So a request that comes late, after its retry, changes nothing.
+
+        ``max_concurrency`` parts at a time (8 unless told), of which that many and one more are copied in memory.
+        A memoryview is contiguous, and stays unchanged until this returns.
+        """
+        if once and isinstance(source, bytes) and len(source) > PART_BYTES:  # boto3's transfers take no condition
+            self.upload_stream(key, [source], once=True, size_bytes=len(source))
+            return
+        config = transfer_config(max_concurrency or UPLOAD_CONCURRENCY)
+        with self._finished(key, once=once) as metadata:
+            if isinstance(source, bytes) and len(source) <= PART_BYTES:
+                self._client.put_object(**self._place(key), Body=source, Metadata=metadata, **_condition(once))
+                return
+            how: dict[str, Any] = {**self._place(key), "Config": config, "ExtraArgs": {"Metadata": metadata}}
+            if isinstance(source, Path):
+                self._client.upload_file(str(source), **how)
+            else:
+                file = ViewFile(memoryview(source)) if isinstance(source, bytes | memoryview) else source
+                self._client.upload_fileobj(file, **how)
+
+    def upload_stream(
+        self, key: str, chunks: Iterable[bytes | memoryview], *, once: bool = False, size_bytes: int = 0
+    ) -> None:
+        """Write a data object whose bytes arrive piece by piece.
+
+        S3 takes 10,000 parts: 156 GiB of ``PART_BYTES`` each, and any object it can hold where ``size_bytes`` says
+        how many bytes will come. At most three parts are in memory. An error raised by ``chunks`` is passed on as it
+        is, and the key stays as it was. ``once`` is as for :meth:`upload`.
+        """
+        with self._finished(key, once=once) as metadata:
+            upload_stream(
+                self._client,
+                self._place(key),
+                chunks,
+                metadata=metadata,
+                condition=_condition(once),
+                part_bytes=part_size(size_bytes),
+            )
+
+    @contextlib.contextmanager
+    def _finished(self, key: str, *, once: bool) -> Iterator[dict[str, str]]:
+        """Around an upload that sends these metadata.
+
+        A server that lost its answer to CompleteMultipartUpload may know no such upload when it is asked again. The
+        upload has succeeded where the object carries its mark. So has one that may be done ``once``, where S3 says
+        that the object exists: its mark tells that this is true.
+        """
+        mark = _ONCE if once else secrets.token_hex(16)
+        try:
+            with self._translated(key):
+                yield {_UPLOAD_MARK: mark}
+        except (NotFound, AlreadyExists) as e:
+            if (isinstance(e, AlreadyExists) and not once) or self._mark_of(key) != mark:
+                raise
+
+    def _mark_of(self, key: str) -> str | None:
+        with contextlib.suppress(StoreError), self._translated(key):
+            metadata: dict[str, str] = self._client.head_object(**self._place(key))["Metadata"]
+            return metadata.get(_UPLOAD_MARK)
+        return None
 
     def put_status(self, key: str, value: Any) -> None:
         """Overwrite a status object. Only for keys that have one writer."""
-        with _translated(self, key):
-            self._client.put_object(Bucket=self.bucket, Key=self.prefix + key, Body=canonical_json(value))
+        with self._translated(key):
+            self._client.put_object(**self._place(key), Body=canonical_json(value))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; those that are gone already do not matter."""
         batch = list(keys)
         for start in range(0, len(batch), 1000):
             part = [{"Key": self.prefix + key} for key in batch[start : start + 1000]]
-            with _translated(self, part[0]["Key"]):
+            with self._translated(batch[start]):
                 answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": part, "Quiet": True})
             if answer.get("Errors"):
                 first = answer["Errors"][0]
                 raise StoreError(f"s3://{self.bucket}/{first['Key']}: not deleted: {first.get('Message')}.")
 
+    def abort_upload(self, upload: UnfinishedUpload) -> None:
+        """Take back the parts of an upload; one that is gone already does not matter."""
+        with contextlib.suppress(NotFound), self._translated(upload.key):
+            self._client.abort_multipart_upload(**self._place(upload.key), UploadId=upload.upload_id)
 
-class _WriteUnderWay(StoreError):
-    """409: another conditional write of this key is in flight; ask again."""
 
-
-class _translated:  # noqa: N801  used as a statement
-    """Turns botocore's exceptions into ours, naming the object and what to do."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self.uri = store.uri_of(key)
-        self.endpoint = str(getattr(getattr(store._client, "meta", None), "endpoint_url", ""))
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, botocore.exceptions.ClientError):
-            raise self._refused(error) from error
-        if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
-            raise StoreError(
-                f"{self.uri}: no S3 credentials were found.",
-                next_step="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
-            ) from error
-        if isinstance(error, botocore.exceptions.HTTPClientError | botocore.exceptions.ConnectionError):
-            raise StoreError(
-                f"{self.uri}: the S3 server at {self.endpoint} cannot be reached ({type(error).__name__}).",
-                next_step="Is it running, and is AWS_ENDPOINT_URL right? For the embedded one: headway up",
-            ) from error
-        if isinstance(error, botocore.exceptions.BotoCoreError | boto3.exceptions.Boto3Error):
-            cause = error.__cause__ or error.__context__
-            if isinstance(cause, botocore.exceptions.ClientError):
-                raise self._refused(cause) from error
-            raise StoreError(f"{self.uri}: {error}.") from error
-
-    def _refused(self, error: Any) -> StoreError:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = str(error.response.get("Error", {}).get("Code", status))
-        if code == "NoSuchBucket":
-            return StoreError(f"{self.uri}: there is no such bucket.", next_step=_NEXT_STEP[code])
-        if code in _GONE or status == 404:
-            return NotFound(f"{self.uri}: no such object.")
-        if code == "PreconditionFailed" or status == 412:
-            return AlreadyExists(f"{self.uri} exists already.")
-        if status == 409:
-            return _WriteUnderWay(f"{self.uri}: another write of it is under way.")
-        message = error.response.get("Error", {}).get("Message", "")
-        return StoreError(f"{self.uri}: S3 answered {code}: {message}", next_step=_NEXT_STEP.get(code, ""))
+def _condition(once: bool) -> dict[str, str]:
+    return {"IfNoneMatch": "*"} if once else {}
 
 
 def open_store(uri: str | None = None, *, patience: Patience = PATIENT) -> Store:
@@ -324,26 +385,3 @@ def split_uri(uri: str) -> tuple[str, str]:
     if parts.scheme != "s3" or not parts.netloc:
         raise UsageError(f"{uri!r} is not an S3 address.", next_step="Write it as s3://bucket/prefix")
     return parts.netloc, uri.removeprefix(f"s3://{parts.netloc}").strip("/")
-
-
-def new_client(patience: Patience, settings: Mapping[str, str] | None = None) -> Any:
-    """A boto3 client. ``settings`` are AWS_… variables that count in place of this process's own.
-
-    Raises:
-        StoreError: the variables or the profile make no sense to boto3.
-    """
-    given = {name: (settings or {}).get(variable) for name, variable in _SETTINGS.items()}
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # else every Ray worker tells where its keys come from
-    config = Config(
-        retries={"mode": "standard", "max_attempts": patience.attempts},
-        connect_timeout=patience.connect_timeout_s,
-        read_timeout=patience.read_timeout_s,
-        max_pool_connections=32,
-        user_agent_extra="headway",
-    )
-    try:
-        session = boto3.session.Session()
-        region = session.region_name or "us-east-1"
-        return session.client("s3", config=config, **{"region_name": region} | {k: v for k, v in given.items() if v})
-    except botocore.exceptions.BotoCoreError as e:
-        raise StoreError(f"No S3 client can be made: {e}.", next_step="Check the AWS_… variables and profile.") from e

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Callable
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 from orchestrator.errors import AlreadyExists, IntegrityError, NotFound, StoreError
 from orchestrator.store import Store, claim_attempt, open_store
 from orchestrator.store.probe import require_conditional_writes
+from orchestrator.store.s3 import PART_BYTES, PROMPT, new_client
 from orchestrator.targets.ports import is_free
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.conftest import BUCKET
@@ -85,6 +88,74 @@ def test_a_large_file_goes_up_in_parts_and_comes_back(store: Store, tmp_path: Pa
     assert store.get_range("large/file", 20 * 2**20 - 5, 10) == data[20 * 2**20 - 5 : 20 * 2**20 + 5]
 
 
+def test_memory_goes_up_without_a_copy_of_it_all(store: Store, tmp_path: Path) -> None:
+    data = bytearray(secrets.token_bytes(6 * PART_BYTES))
+    tracemalloc.start()
+    try:
+        store.upload("view", memoryview(data)[16:], max_concurrency=1)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2.5 * PART_BYTES
+    store.download("view", tmp_path / "view", sha256=hashlib.sha256(memoryview(data)[16:]).hexdigest())
+    store.upload("small", memoryview(data)[:5])
+    assert store.get("small") == data[:5]
+
+
+def test_a_stream_goes_up_in_bounded_memory(store: Store, tmp_path: Path) -> None:
+    digest = hashlib.sha256()
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        for index in range(30):
+            chunk = secrets.token_bytes(3 * 2**20 + index)
+            digest.update(chunk)
+            yield chunk if index % 2 else memoryview(chunk)
+
+    tracemalloc.start()
+    try:
+        store.upload_stream("stream", chunks())
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 3 * PART_BYTES + 2**23
+    store.download("stream", tmp_path / "stream", sha256=digest.hexdigest())
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1])
+def test_a_stream_of_any_length_comes_back(store: Store, num_bytes: int) -> None:
+    data = secrets.token_bytes(num_bytes)
+    store.upload_stream("stream", iter([data[:100], b"", memoryview(data)[100:]]))
+    assert store.get("stream") == data
+
+
+def test_a_stream_that_fails_leaves_nothing_and_raises_its_own_error(store: Store) -> None:
+    failure = NotFound("no such source")
+
+    def chunks() -> Iterator[bytes]:
+        yield secrets.token_bytes(PART_BYTES + 1)
+        raise failure
+
+    with pytest.raises(NotFound) as caught:
+        store.upload_stream("stream", chunks())
+    assert caught.value is failure
+    assert not store.exists("stream")
+    assert list(store.unfinished_uploads("")) == []
+
+
+def test_unfinished_uploads_are_found_and_aborted(store: Store) -> None:
+    keys = ["a/1", "a/2", "b/1"]
+    client = new_client(PROMPT).api
+    for key in keys:
+        client.create_multipart_upload(Bucket=store.bucket, Key=store.prefix + key)
+    assert sorted(upload.key for upload in store.unfinished_uploads("")) == keys
+    found = sorted(store.unfinished_uploads("a/"), key=lambda upload: upload.key)
+    assert [upload.key for upload in found] == ["a/1", "a/2"]
+    assert all(abs(upload.started_s - time.time()) < 60 for upload in found)
+    store.abort_upload(found[0])
+    store.abort_upload(found[0])
+    assert sorted(upload.key for upload in store.unfinished_uploads("")) == ["a/2", "b/1"]
+
+
 def test_other_bytes_than_recorded_never_appear(store: Store, tmp_path: Path) -> None:
     store.upload("data", b"good")
     digest = hashlib.sha256(b"good").hexdigest()
@@ -153,5 +224,5 @@ def test_a_server_that_is_down_is_named(s3: S3Server, monkeypatch: pytest.Monkey
     port = next(port for port in range(20000, 30000) if is_free(port))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     with pytest.raises(StoreError, match=f"127.0.0.1:{port} cannot be reached") as caught:
-        open_store(f"s3://{BUCKET}/x").get("key")
+        open_store(f"s3://{BUCKET}/x", patience=PROMPT).get("key")
     assert "AWS_ENDPOINT_URL" in caught.value.next_step

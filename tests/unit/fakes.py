@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from orchestrator.errors import AlreadyExists, IntegrityError, NotFound
 from orchestrator.spec import canonical_json
 from orchestrator.store import ObjectInfo, Store
+from orchestrator.store.s3 import UnfinishedUpload
 
 
 class _Bytes:
     """The objects of all buckets, shared by the stores that :meth:`Store.at` opens."""
 
+    num_retries = 0
+
     def __init__(self) -> None:
         self.held: dict[tuple[str, str], tuple[bytes, float]] = {}
+        self.unfinished: list[tuple[str, str, UnfinishedUpload]] = []
         self.lock = threading.Lock()
 
 
@@ -32,17 +38,20 @@ class MemoryStore(Store):
         del store.fail["create"]
     """
 
+    _connection: Any
+
     def __init__(self, bucket: str = "memory", prefix: str = "", *, client: Any = None) -> None:
-        super().__init__(bucket, prefix, client=client or _Bytes())
+        held: Any = client or _Bytes()
+        super().__init__(bucket, prefix, client=held)
         self.fail: dict[str, Exception] = {}
 
     @property
     def objects(self) -> dict[str, bytes]:
         """Relative key → bytes, a copy."""
-        with self._client.lock:
+        with self._connection.lock:
             return {
                 key[len(self.prefix) :]: data
-                for (bucket, key), (data, _) in sorted(self._client.held.items())
+                for (bucket, key), (data, _) in sorted(self._connection.held.items())
                 if bucket == self.bucket and key.startswith(self.prefix)
             }
 
@@ -51,7 +60,7 @@ class MemoryStore(Store):
         self._put(key, data)
 
     def at(self, bucket: str, prefix: str = "") -> MemoryStore:
-        return MemoryStore(bucket, prefix, client=self._client)
+        return MemoryStore(bucket, prefix, client=self._connection)
 
     def get(self, key: str) -> bytes:
         self._check("get")
@@ -70,13 +79,13 @@ class MemoryStore(Store):
 
     def exists(self, key: str) -> bool:
         self._check("exists")
-        with self._client.lock:
-            return (self.bucket, self.prefix + key) in self._client.held
+        with self._connection.lock:
+            return (self.bucket, self.prefix + key) in self._connection.held
 
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
         self._check("list")
-        with self._client.lock:
-            held = sorted(self._client.held.items(), key=lambda item: item[0][1].encode())
+        with self._connection.lock:
+            held = sorted(self._connection.held.items(), key=lambda item: item[0][1].encode())
         for (bucket, key), (data, modified_s) in held:
             if bucket != self.bucket or not key.startswith(self.prefix + prefix):
                 continue
@@ -97,17 +106,56 @@ class MemoryStore(Store):
 
     def create(self, key: str, data: bytes) -> None:
         self._check("create")
-        with self._client.lock:
-            found = self._client.held.setdefault((self.bucket, self.prefix + key), (bytes(data), time.time()))
+        with self._connection.lock:
+            found = self._connection.held.setdefault((self.bucket, self.prefix + key), (bytes(data), time.time()))
         if found[0] != data:
             raise AlreadyExists(f"{self.uri_of(key)} exists already.")
 
-    def upload(self, key: str, source: bytes | BinaryIO | Path) -> None:
+    def upload(
+        self,
+        key: str,
+        source: bytes | memoryview | BinaryIO | Path,
+        *,
+        max_concurrency: int | None = None,
+        once: bool = False,
+    ) -> None:
         self._check("upload")
+        if once and self.exists(key):
+            return
         if isinstance(source, Path):
             self._put(key, source.read_bytes())
         else:
-            self._put(key, source if isinstance(source, bytes) else source.read())
+            self._put(key, source if isinstance(source, bytes | memoryview) else source.read())
+
+    def upload_stream(
+        self, key: str, chunks: Iterable[bytes | memoryview], *, once: bool = False, size_bytes: int = 0
+    ) -> None:
+        self._check("upload_stream")
+        if once and self.exists(key):
+            return
+        self._put(key, b"".join(chunks))
+
+    def leave_unfinished(self, key: str, *, started_s: float) -> UnfinishedUpload:
+        """Put a multipart upload there whose writer died."""
+        upload = UnfinishedUpload(key=key, upload_id=secrets.token_hex(8), started_s=started_s)
+        with self._connection.lock:
+            self._connection.unfinished.append((self.bucket, self.prefix + key, upload))
+        return upload
+
+    def unfinished_uploads(self, prefix: str) -> Iterator[UnfinishedUpload]:
+        self._check("unfinished_uploads")
+        with self._connection.lock:
+            found = sorted(self._connection.unfinished, key=lambda item: item[1].encode())
+        for bucket, key, upload in found:
+            if bucket == self.bucket and key.startswith(self.prefix + prefix):
+                yield replace(upload, key=key[len(self.prefix) :])
+
+    def abort_upload(self, upload: UnfinishedUpload) -> None:
+        self._check("abort_upload")
+        with self._connection.lock:
+            self._connection.unfinished[:] = [
+                item for item in self._connection.unfinished if item[2].upload_id != upload.upload_id
+            ]
 
     def put_status(self, key: str, value: Any) -> None:
         self._check("put_status")
@@ -115,22 +163,22 @@ class MemoryStore(Store):
 
     def delete(self, keys: Iterable[str]) -> None:
         self._check("delete")
-        with self._client.lock:
+        with self._connection.lock:
             for key in keys:
-                self._client.held.pop((self.bucket, self.prefix + key), None)
+                self._connection.held.pop((self.bucket, self.prefix + key), None)
 
     def _check(self, call: str) -> None:
         if call in self.fail:
             raise self.fail[call]
 
     def _read(self, key: str) -> bytes:
-        with self._client.lock:
-            found = self._client.held.get((self.bucket, self.prefix + key))
+        with self._connection.lock:
+            found = self._connection.held.get((self.bucket, self.prefix + key))
         if found is None:
             raise NotFound(f"{self.uri_of(key)}: no such object.")
         data: bytes = found[0]
         return data
 
-    def _put(self, key: str, data: bytes) -> None:
-        with self._client.lock:
-            self._client.held[(self.bucket, self.prefix + key)] = (bytes(data), time.time())
+    def _put(self, key: str, data: bytes | memoryview) -> None:
+        with self._connection.lock:
+            self._connection.held[(self.bucket, self.prefix + key)] = (bytes(data), time.time())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3.exceptions
@@ -11,6 +12,7 @@ import pytest
 
 from orchestrator.errors import AlreadyExists, HeadwayError, NotFound, StoreError
 from orchestrator.store import Store
+from orchestrator.store.client import Connection
 
 
 class FailingClient:
@@ -22,7 +24,9 @@ class FailingClient:
 
     def __getattr__(self, name: str) -> Any:
         if name == "meta":
-            return type("Meta", (), {"endpoint_url": "http://127.0.0.1:1"})
+            return SimpleNamespace(
+                endpoint_url="http://127.0.0.1:1", events=SimpleNamespace(register=lambda *_, **__: None)
+            )
 
         def call(*_: object, **__: object) -> Any:
             self.num_calls += 1
@@ -97,7 +101,7 @@ CASES: list[tuple[Exception, type[HeadwayError], str, str]] = [
 def test_each_exception_becomes_ours(
     error: Exception, kind: type[HeadwayError], message: str, next_step: str, tmp_path: Path
 ) -> None:
-    store = Store("bucket", "prefix", client=FailingClient(error))
+    store = Store("bucket", "prefix", client=Connection(FailingClient(error)))
     for act in (
         lambda: store.get("key"),
         lambda: store.get_range("key", 0, 1),
@@ -116,9 +120,9 @@ def test_each_exception_becomes_ours(
 
 
 def test_only_a_missing_object_does_not_exist() -> None:
-    assert not Store("bucket", client=FailingClient(refused("404", 404))).exists("key")
+    assert not Store("bucket", client=Connection(FailingClient(refused("404", 404)))).exists("key")
     with pytest.raises(StoreError):
-        Store("bucket", client=FailingClient(refused("403", 403))).exists("key")
+        Store("bucket", client=Connection(FailingClient(refused("403", 403)))).exists("key")
 
 
 def test_a_lost_race_is_read_back() -> None:
@@ -128,7 +132,7 @@ def test_a_lost_race_is_read_back() -> None:
 
             return {"Body": io.BytesIO(b"mine")}
 
-    store = Store("bucket", client=Raced(refused("PreconditionFailed", 412)))
+    store = Store("bucket", client=Connection(Raced(refused("PreconditionFailed", 412))))
     store.create("key", b"mine")
     with pytest.raises(AlreadyExists):
         store.create("key", b"other")
@@ -137,5 +141,5 @@ def test_a_lost_race_is_read_back() -> None:
 def test_a_write_under_way_is_tried_again_and_not_for_ever() -> None:
     client = FailingClient(refused("ConditionalRequestConflict", 409))
     with pytest.raises(StoreError, match="under way"):
-        Store("bucket", client=client).create("key", b"")
+        Store("bucket", client=Connection(client)).create("key", b"")
     assert client.num_calls > 1
