@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Without compiled bytecode every Ray worker would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo down test test-unit test-integration check format install bench lock wheel clean
+.PHONY: demo down test test-unit test-integration test-faults check format install bench lock wheel clean
 
 demo: install
 	@$(BIN)/headway demo
@@ -28,13 +28,21 @@ $(INSTALLED): requirements/local.txt pyproject.toml
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest tests/unit tests/integration
+	$(BIN)/python -m pytest tests/unit tests/integration tests/faults
 
 test-unit: install
 	$(BIN)/python -m pytest tests/unit
 
 test-integration: install
 	$(BIN)/python -m pytest tests/integration
+
+# All faults, 20 minutes on 2 cores, and the table of docs/reliability.md. One again: make test-faults SEED=1 ONLY=commit.held
+SEED ?= 1
+test-faults: export HEADWAY_FAULTS := all
+test-faults: install
+	HEADWAY_FAULTS_SEED=$(SEED) HEADWAY_FAULTS_RESULTS=$(CURDIR)/.headway/faults.json \
+		$(BIN)/python -m pytest $(if $(ONLY),tests/faults -k "$(ONLY)",tests/faults tests/integration/test_zero_adapter.py)
+	$(BIN)/python -m tests.faults.report $(CURDIR)/.headway/faults.json
 
 check: install
 	$(BIN)/ruff check .

@@ -274,6 +274,40 @@ def show(
 
 
 @app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="RUN, RUN@STEP, MODEL@VERSION, or its S3 address.", show_default=False)],
+    store: StoreUri = None,
+    json: Json = False,
+) -> None:
+    """Read every byte of checkpoints or of a version and check it against its digests."""
+    from orchestrator.commands.verify import verify_all as command
+
+    reporter = Reporter(json_mode=json)
+    reporter.result(*command(name, store_uri=store, reporter=reporter))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="RUN@STEP, RUN for its newest, or its S3 address.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option(help="A new directory, or an empty s3://bucket/prefix.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="auto (as trained), fp32, bf16 or fp16.")] = "auto",
+    max_shard_bytes: Annotated[int, typer.Option(help="Most bytes of tensors in one file.", min=2**20)] = 2 * 2**30,
+    store: StoreUri = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint's weights as a Hugging Face directory, in memory that does not grow with the model."""
+    from orchestrator.commands.export import export as command
+
+    reporter = Reporter(json_mode=json)
+    result = command(
+        checkpoint, to=to, dtype=dtype, max_shard_bytes=max_shard_bytes, store_uri=store, reporter=reporter
+    )
+    reporter.result(*result)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="The model's name.", show_default=False)],
     channel: Annotated[str, typer.Option(help="The channel to follow.")] = "production",

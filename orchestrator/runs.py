@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.checkpoint.catalog import find
 from orchestrator.dataset.format import DatasetManifest, find_dataset
 from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
+from orchestrator.errors import NotFound, SpecError
 from orchestrator.package import code_digest
 from orchestrator.spec import RunSpec, run_id
 from orchestrator.store import Store
@@ -28,8 +30,11 @@ def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentit
     """Find out which run this is; the source is listed, not read.
 
     Raises:
-        EmptySource, SpecError: there is no such data. StoreError: the store cannot be reached.
+        EmptySource, SpecError: there is no such data, or no such checkpoint to start from.
+        StoreError: the store cannot be reached.
     """
+    if spec.model.init_from is not None:
+        _require_source(store, *spec.model.init_from_checkpoint())
     code = code_digest(working_directory) if spec.user_code else ""
     if spec.data.train is not None:
         files = tuple(list_source(spec.data.train, store))
@@ -45,3 +50,12 @@ def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentit
         files=files,
         dataset=dataset,
     )
+
+
+def _require_source(store: Store, run_id: str, step: int) -> None:
+    try:
+        find(store, run_id, step)
+    except NotFound as e:
+        raise SpecError(
+            f"model.init_from: {e.message}", next_step=e.next_step or f"See: headway list checkpoints {run_id}"
+        ) from e

@@ -44,6 +44,20 @@ class ModelSpec(_Part):
 
     architecture: dict[str, Any]
     """``model_type`` and any field of that transformers config. ``vocab_size`` follows the tokenizer unless set."""
+    init_from: str | None = None
+    """``RUN-ID@STEP``: a committed checkpoint of another run in the same store, whose weights to start from."""
+
+    def init_from_checkpoint(self) -> tuple[str, int]:
+        """``init_from`` as (run id, step)."""
+        source, _, step = str(self.init_from).partition("@")
+        return source, int(step)
+
+    @field_validator("init_from")
+    @classmethod
+    def _names_a_checkpoint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9-]+-[0-9a-f]{8}@[0-9]+", value):
+            raise ValueError("must be RUN-ID@STEP, such as demo-1a2b3c4d@400; see: headway list checkpoints RUN")
+        return value
 
     @field_validator("architecture")
     @classmethod
@@ -120,6 +134,8 @@ class TrainSpec(_Part):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """``auto`` is bf16 where the device computes it natively, else fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    step_timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds without progress after which a worker is hung, and the group of workers is restarted."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:
@@ -154,6 +170,15 @@ class ResourcesSpec(_Part):
     """Times that the group of workers is restarted in one attempt."""
 
 
+class ExportSpec(_Part):
+    """How the last checkpoint becomes Hugging Face files."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """``auto`` is the precision that the run was trained in."""
+    max_shard_bytes: Annotated[int, Field(ge=2**20)] = 2 * 2**30
+    """Tensors in one file; a larger tensor gets a file of its own."""
+
+
 class GateSpec(_Part):
     max_loss: Annotated[float, Field(gt=0.0)] | None = None
     """Nats per token on the held-out split."""
@@ -178,6 +203,7 @@ class RunSpec(_Part):
     train: TrainSpec
     checkpoint: CheckpointSpec = CheckpointSpec()
     resources: ResourcesSpec = ResourcesSpec()
+    export: ExportSpec = ExportSpec()
     gate: GateSpec = GateSpec()
     release: ReleaseSpec | None = None
 
@@ -341,12 +367,13 @@ def json_schema() -> dict[str, Any]:
 def run_id(spec: RunSpec, *, dataset_fingerprint: str, code_digest: str) -> str:
     """``<name>-<8 hex digits>`` of what changes the weights, and of nothing else.
 
-    checkpoint, resources, gate, release and the target stay outside: editing them continues the same run.
+    checkpoint, resources, export, gate, release, train.step_timeout and the target stay outside: editing them
+    continues the same run.
     """
     changes_weights = {
         "task": spec.task,
-        "model": spec.model.model_dump(mode="json"),
-        "train": spec.train.model_dump(mode="json"),
+        "model": spec.model.model_dump(mode="json", exclude=None if spec.model.init_from else {"init_from"}),
+        "train": spec.train.model_dump(mode="json", exclude={"step_timeout"}),
         "dataset": dataset_fingerprint,
         "sequence_length": spec.data.sequence_length,
         "code": code_digest if spec.user_code else "",

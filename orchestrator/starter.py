@@ -14,6 +14,7 @@ model:
     intermediate_size: 688
     num_hidden_layers: 4
     num_attention_heads: 4
+  # init_from: RUN-ID@STEP      # start from the weights of another run's checkpoint
 
 data:                           # give exactly one of train and dataset
   train: "data/**/*.txt"        # a glob of local files, or s3://bucket/prefix/**/*.txt
@@ -43,6 +44,7 @@ train:                          # give exactly one of steps and epochs
     offload: none               # cpu keeps the optimizer's state in host memory; needs a GPU
   precision: auto               # auto is bf16 where the device has it natively, else fp32; or fp32, bf16, fp16
   seed: 0                       # of the initial weights and of the order of samples
+  step_timeout: 600             # seconds without progress after which a worker is hung, and restarted
 
 checkpoint:
   every_steps: 50               # steps between checkpoints
@@ -53,6 +55,10 @@ resources:
   gpu: null                     # any, or a kind of GPU, one for each worker; null trains on CPUs
   cpus_per_worker: 1
   max_failures: 3               # times that the workers are restarted in one attempt
+
+export:                         # how the last checkpoint becomes Hugging Face files
+  dtype: auto                   # auto is the precision of the training; or fp32, bf16, fp16
+  max_shard_bytes: 2147483648   # bytes of tensors in one file
 
 gate:                           # what a trained model must show before it is released
   max_loss: null                # nats per token on the held-out data; null sets no limit

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from orchestrator.errors import AttemptFailed, HeadwayError, TargetError
 from workloads.train import TrainJob, worker
+from workloads.watchdog import guarded
 
 
 def connect(say: Callable[[str], None]) -> str:
@@ -43,8 +44,12 @@ def _submission_id(environ: Mapping[str, str]) -> str:
     return str(config.get("metadata", {}).get("job_submission_id", ""))
 
 
-def fit(job: TrainJob, name: str) -> None:
-    """Run the group of workers through Ray Train until it ends, restarting it where a worker dies.
+def fit(job: TrainJob, name: str, *, say: Callable[[str], None], note: Callable[..., None]) -> None:
+    """Run the group of workers through Ray Train until it ends, restarting it where a worker dies or hangs.
+
+    Args:
+        say: told of a hang in a sentence.
+        note: takes an event's kind and fields.
 
     Raises:
         AttemptFailed: it kept failing; the message ends with the first worker's last line.
@@ -54,10 +59,13 @@ def fit(job: TrainJob, name: str) -> None:
 
     resources = job.spec.resources
     workers = resources.workers
-    with tempfile.TemporaryDirectory(prefix="headway-train-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="headway-train-") as scratch,
+        guarded(job.spec.train.step_timeout, say=say, note=note) as watchdog,
+    ):
         trainer = ray.train.torch.TorchTrainer(
             worker,
-            train_loop_config=job.model_dump(mode="json"),
+            train_loop_config={"job": job.model_dump(mode="json"), "watchdog": watchdog},
             torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if resources.gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),

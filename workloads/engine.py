@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.checkpoint.zero import ZeroState
+from orchestrator.errors import RunError
 from orchestrator.memory import MAX_LIVE_ELEMENTS, Precision, bucket_elements
 from orchestrator.plan import BatchSplit
 from orchestrator.spec import TrainSpec
@@ -26,6 +27,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
+        require_dimensions(model)
         _use_own_ninja()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device, self.precision = device, precision
@@ -57,7 +59,7 @@ class Engine:
         the gradient does not depend on how the batch was split.
         """
         undo = self._split.accumulation * self._split.world_size
-        self._engine.backward(loss_sum * (undo / global_targets))
+        self._engine.backward(loss_sum * (undo * self._missing_loss_scale() / global_targets))
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
@@ -73,11 +75,35 @@ class Engine:
         return float(norm) if norm >= 0 else math.nan  # DeepSpeed says -1 for a norm that is not finite
 
     def _plain_norm(self) -> float | None:
-        """The norm where DeepSpeed keeps none: without ZeRO in fp32, every rank holds the whole reduced gradient."""
+        """The norm without ZeRO, where every rank holds the whole reduced gradient.
+
+        DeepSpeed keeps none in fp32, and keeps one that is still multiplied by the loss scale in fp16.
+        """
         if not self.state.is_replicated:
             return None
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        return float(torch.nn.utils.get_total_norm(norms)) / self._missing_loss_scale()
+
+    def _missing_loss_scale(self) -> float:
+        """What DeepSpeed divides fp16's gradients by without having multiplied the loss by it: so does 0.19.8
+        without ZeRO, and gradients would vanish."""
+        if self.precision == "fp16" and self.state.is_replicated:
+            return float(self._engine.optimizer.loss_scale)
+        return 1.0
+
+
+def require_dimensions(model: nn.Module) -> None:
+    """DeepSpeed broadcasts parameters as bytes, which torch refuses for those without a dimension.
+
+    Raises:
+        RunError: the model has one.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise RunError(
+                f"DeepSpeed takes no parameter of shape (), and {name} is one.", next_step="Give it the shape (1,)."
+            )
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

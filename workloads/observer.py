@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.checkpoint.save import CheckpointWriter
-from orchestrator.errors import HeadwayError
 from orchestrator.record import EventLog
-from orchestrator.store import Attempt, Store
+from orchestrator.store import Store, WorkerGroup
 from orchestrator.store.attempts import stop_reason
 
 logger = logging.getLogger(__name__)
+CLOSE_S = 10.0  # an error that is on its way out does not wait longer for a store that is down
 MONITOR_S = 3.0  # between two looks for a stop request or a newer attempt
 
 
 class Observer:
-    """Rank 0's events and its watch for a stop. Other ranks' observers do nothing."""
+    """Rank 0's events and its watch for a stop or a preemption. Other ranks' observers do nothing."""
 
-    def __init__(self, store: Store, attempt: Attempt, *, rank: int) -> None:
+    def __init__(
+        self, store: Store, group: WorkerGroup, *, rank: int, preempted: Callable[[], frozenset[str]] = frozenset
+    ) -> None:
         self.stop_wanted = 0.0
-        self._events = EventLog(store, attempt, "train") if rank == 0 else None
-        self._store, self._attempt = store, attempt
+        self.num_notices = 0.0
+        """Preemptions that were announced so far. Each is worth one checkpoint."""
+        self._preempted, self._announced = preempted, frozenset[str]()
+        self._events = EventLog(store, group.attempt, "train") if rank == 0 else None
+        self._store, self._group = store, group
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
         if rank == 0:
@@ -46,15 +51,16 @@ class Observer:
     def close(self) -> None:
         self._closed.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_S)
         if self._events:
             self._events.close()
 
     def _watch(self) -> None:
         while not self._closed.wait(MONITOR_S):
             try:
-                reason = stop_reason(self._store, self._attempt)
-            except HeadwayError as e:
+                self.look_for_preemption()
+                reason = stop_reason(self._store, self._group.attempt, self._group)
+            except Exception as e:  # whatever it is: without this thread nobody could stop the run
                 logger.warning("Whether this attempt is to stop cannot be seen now: %s", e)
                 continue
             if reason:
@@ -63,10 +69,37 @@ class Observer:
                 self.stop_wanted = 1.0
                 return
 
+    def look_for_preemption(self) -> None:
+        """Count a notice where a node of the group is new among those to be taken away."""
+        nodes = self._preempted()
+        if nodes - self._announced:
+            logger.warning("Saving after this step: preemption of node %s.", ", ".join(sorted(nodes)))
+            self.note("preemption", nodes=sorted(nodes))
+            self.num_notices += 1
+        self._announced |= nodes
+
+
+def preempted_nodes() -> frozenset[str]:
+    """The nodes under this Ray Train group that are about to be taken away, by id.
+
+    Ray Train's own watcher looks for drained nodes every 5 s (``RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S``) and tells every
+    worker. ``ray.train.get_preemption_info`` reads what was told behind a barrier over all ranks; here only rank 0
+    looks, since the ranks agree in the step's own all-reduce, so its private place is read instead.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        info = get_train_context().preemption_context.preemption_info
+        return frozenset(info.preempted_node_ids) if info else frozenset()
+    except (ImportError, AttributeError):  # another Ray: a preemption then costs the steps since the last checkpoint
+        return frozenset()
+
 
 @contextmanager
-def observed(store: Store, attempt: Attempt, *, rank: int) -> Iterator[Observer]:
-    observer = Observer(store, attempt, rank=rank)
+def observed(
+    store: Store, group: WorkerGroup, *, rank: int, preempted: Callable[[], frozenset[str]] = frozenset
+) -> Iterator[Observer]:
+    observer = Observer(store, group, rank=rank, preempted=preempted)
     try:
         yield observer
     finally:

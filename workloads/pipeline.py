@@ -19,9 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.checkpoint.catalog import committed_steps, read_manifest
+from orchestrator.checkpoint.catalog import committed_steps
 from orchestrator.dataset.format import DatasetManifest
-from orchestrator.errors import AlreadyExists, AttemptFailed, HeadwayError, Interrupted, NotFound, RunError
+from orchestrator.errors import (
+    AlreadyExists,
+    AttemptFailed,
+    HeadwayError,
+    IntegrityError,
+    Interrupted,
+    NotFound,
+    RunError,
+    StoreError,
+)
 from orchestrator.plan import num_steps
 from orchestrator.record import EventLog
 from orchestrator.release import channels
@@ -36,6 +45,7 @@ from orchestrator.store.probe import require_conditional_writes
 from workloads.cluster import fit, own_errors
 from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
+from workloads.export_file import as_ray_tasks
 from workloads.prepare import prepare
 from workloads.tasks import check_task, task_of
 from workloads.train import TrainJob
@@ -101,13 +111,9 @@ class Pipeline:
         length = self.spec.data.sequence_length
         num_samples = dataset.num_samples(dataset.train, length)
         steps = num_steps(self.spec.train, num_samples, sequence_length=length) or 0
-        with self._stage("train"):
-            self._train(dataset, steps)
-        failed = read_outcome(self.store, self.identity.run_id)
-        if failed is not None:
-            return failed
-        with self._stage("export"):
-            exported = self._export(dataset, steps)
+        exported = self._train_and_export(dataset, steps)
+        if isinstance(exported, Outcome):
+            return exported
         with self._stage("evaluate"):
             evaluation = self._evaluate(dataset, exported)
         decision, serving = self._gate(dataset, evaluation)
@@ -126,9 +132,29 @@ class Pipeline:
             return self.identity.dataset
         return prepare(self.spec.data, self.spec.name, list(self.identity.files), self.store)
 
-    def _train(self, dataset: DatasetManifest, steps: int) -> None:
+    def _train_and_export(self, dataset: DatasetManifest, steps: int, *, again: bool = False) -> Export | Outcome:
+        """The exported model, or the outcome of a run that training failed for good.
+
+        A checkpoint of the last step is not read before it is exported. Where it turns out to be damaged, training
+        goes on once more from the newest that verifies, and commits that step in a newer folder, which is taken then.
+        """
+        with self._stage("train"):
+            self._train(dataset, steps, again=again)
+        failed = read_outcome(self.store, self.identity.run_id)
+        if failed is not None:
+            return failed
+        try:
+            with self._stage("export"):
+                return self._export(dataset, steps)
+        except (IntegrityError, NotFound) as e:
+            if again:
+                raise
+            self.say(f"The last checkpoint cannot be exported, so its steps are trained again: {e.message}")
+        return self._train_and_export(dataset, steps, again=True)
+
+    def _train(self, dataset: DatasetManifest, steps: int, *, again: bool) -> None:
         done = committed_steps(self.store, self.identity.run_id)
-        if done and done[0] >= steps:
+        if done and done[0] >= steps and not again:
             return
         job = TrainJob(
             store=self.store.uri,
@@ -139,7 +165,7 @@ class Pipeline:
             dataset=(dataset.name, dataset.fingerprint),
             total_steps=steps,
         )
-        fit(job, self.identity.run_id)
+        fit(job, self.identity.run_id, say=self.say, note=self.events.append)
         done = committed_steps(self.store, self.identity.run_id)
         if read_outcome(self.store, self.identity.run_id) is None and (not done or done[0] < steps):
             ensure_newest(self.store, self.attempt)
@@ -153,7 +179,8 @@ class Pipeline:
         standing = read_export(self.store, self.identity.run_id)
         if standing is not None:
             return standing
-        return export(self.spec, self.store, self.attempt, task_of(self.spec, dataset), dataset, step=steps)
+        task = task_of(self.spec, dataset)
+        return export(self.spec, self.store, self.attempt, task, dataset, step=steps, write_all=as_ray_tasks)
 
     def _evaluate(self, dataset: DatasetManifest, exported: Export) -> dict[str, float]:
         key = layout.evaluation(self.identity.run_id)
@@ -198,7 +225,7 @@ class Pipeline:
             task=self.spec.task,
             run_id=self.identity.run_id,
             attempt=self.attempt.number,
-            checkpoint=CheckpointSource(uri=self._checkpoint_uri(exported.step), step=exported.step),
+            checkpoint=CheckpointSource(uri=self._checkpoint_uri(exported), step=exported.step),
             dataset=DatasetSource(name=dataset.name, fingerprint=dataset.fingerprint),
             code_digest=self.identity.code_digest,
             evaluation=evaluation,
@@ -246,24 +273,23 @@ class Pipeline:
         decision: GateDecision,
         serving: Serving | None,
     ) -> dict[str, Any]:
-        manifest, _ = read_manifest(self.store, self.identity.run_id, exported.step)
         return {
             "steps": exported.step,
-            "tokens": manifest.state.tokens,
-            "final_loss": manifest.state.loss,
+            "tokens": exported.tokens,
+            "final_loss": exported.loss,
             "evaluation": evaluation,
             "gate": {
                 "passed": decision.passed,
                 "reasons": list(decision.reasons),
                 "against_version": serving.version if serving else None,
             },
-            "checkpoint": self._checkpoint_uri(exported.step),
+            "checkpoint": self._checkpoint_uri(exported),
             "dataset": f"{dataset.name}@{dataset.fingerprint}",
             "export": self.store.uri_of(exported.prefix),
         }
 
-    def _checkpoint_uri(self, step: int) -> str:
-        return self.store.uri_of(layout.checkpoint(self.identity.run_id, step)).rstrip("/")
+    def _checkpoint_uri(self, exported: Export) -> str:
+        return self.store.uri_of(exported.checkpoint).rstrip("/")
 
     def _outcome(self, state: str, reason: str, facts: dict[str, Any]) -> Outcome:
         return Outcome(
@@ -281,7 +307,10 @@ class Pipeline:
         ensure_newest(self.store, self.attempt)
         reason = stop_reason(self.store, self.attempt)
         if reason:
-            raise Interrupted(f"{self.identity.run_id} stopped before {name}: {reason}.")
+            raise Interrupted(
+                f"{self.identity.run_id} stopped before {name}: {reason}.",
+                next_step="Submit the same run file to go on from there.",
+            )
         self.say(f"{name} …")
         self.events.append("stage_started", stage=name)
         started = time.monotonic()
@@ -338,13 +367,17 @@ def _stop_on_signal(store: Store, attempt: Attempt) -> Iterator[None]:
 
     def ask(number: int, _frame: object) -> None:
         reason = f"the job was asked to stop ({signal.Signals(number).name})"
-        thread = threading.Thread(
-            target=request_stop, args=(store, attempt.run_id, attempt.number), kwargs={"reason": reason}, daemon=True
-        )
-        thread.start()
+        threading.Thread(target=_ask_to_stop, args=(store, attempt, reason), daemon=True).start()
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _ask_to_stop(store: Store, attempt: Attempt, reason: str) -> None:
+    try:
+        request_stop(store, attempt.run_id, attempt.number, reason=reason)
+    except StoreError as e:
+        logger.warning("Attempt %d goes on, since the stop could not be asked for: %s", attempt.number, e)

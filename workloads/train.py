@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +15,22 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import distributed as dist
 
+from orchestrator.checkpoint.agreement import tell_all
 from orchestrator.checkpoint.format import State
-from orchestrator.checkpoint.resume import resume_newest
-from orchestrator.checkpoint.save import CheckpointWriter
+from orchestrator.checkpoint.resume import load_weights, resume_newest
+from orchestrator.checkpoint.save import CheckpointWriter, Saved, writing
 from orchestrator.dataset.format import read_manifest
 from orchestrator.errors import Fenced, RunError
 from orchestrator.plan import resolve_precision, split_batch
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.schedule import learning_rate
 from orchestrator.spec import RunSpec
-from orchestrator.store import Attempt, Store, open_store
-from orchestrator.store.attempts import ensure_newest, newest_attempt
+from orchestrator.store import Attempt, Store, WorkerGroup, claim_group, open_store
+from orchestrator.store.attempts import ensure_newest, ensure_newest_group, newest_attempt
 from workloads.engine import Engine
 from workloads.feed import BatchFeed, open_feed
-from workloads.observer import Observer, observed
+from workloads.observer import Observer, observed, preempted_nodes
+from workloads.pulse import Link, Pulse, RayLink, beating
 from workloads.tasks import Batch, Task, task_of
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,14 @@ def train(
     world_size: int,
     device: torch.device,
     on_step: Callable[[dict[str, float]], None] = lambda _: None,
+    link: Link | None = None,
+    preempted: Callable[[], frozenset[str]] = frozenset,
 ) -> End:
     """Train from the newest committed checkpoint to the last step. Every rank calls it with torch.distributed set up.
+
+    Args:
+        link: to the watchdog that notices a hang; None trains unwatched.
+        preempted: the nodes of this group that are about to be taken away, by id.
 
     Raises:
         Fenced: a newer attempt has taken over, or the run has its outcome. NotFinite: the loss or the gradient is not
@@ -80,23 +87,36 @@ def train(
     torch.manual_seed(spec.train.seed)
     precision = resolve_precision(spec.train.precision, gpu=device.type == "cuda", native_bf16=_has_native_bf16(device))
     engine = Engine(task.build_model(), train=spec.train, split=split, precision=precision, device=device)
-    resumed = resume_newest(store, job.run_id, engine.state, engine.model, rank=rank)
+    group = _claim_group(store, attempt, rank=rank)
+    first_step = _load(spec, store, job.run_id, engine, rank=rank)
     writer = CheckpointWriter(
         store,
-        attempt,
+        group,
         engine.state,
         engine.model,
         rank=rank,
         world_size=world_size,
-        group_nonce=_shared_nonce(rank),
         keep=spec.checkpoint.keep,
     )
     try:
-        with observed(store, attempt, rank=rank) as observer:
-            loop = Loop(job, rank, task, engine, batches, writer, observer, on_step)
-            return loop.run(resumed.state.step if resumed else 0)
+        with (
+            writing(writer),
+            observed(store, group, rank=rank, preempted=preempted) as observer,
+            beating(
+                link,
+                group=group.nonce,
+                rank=rank,
+                world_size=world_size,
+                first_step=first_step + 1,
+                step_timeout_s=spec.train.step_timeout,
+            ) as pulse,
+        ):
+            loop = Loop(job, rank, task, engine, batches, writer, observer, on_step, pulse)
+            return loop.run(first_step)
+    except RunError:
+        ensure_newest_group(store, group)  # else it would become the outcome of a run that a newer group trains
+        raise
     finally:
-        writer.close()
         batches.close()
 
 
@@ -112,34 +132,44 @@ class Loop:
     writer: CheckpointWriter
     observer: Observer
     on_step: Callable[[dict[str, float]], None]
+    pulse: Pulse
 
     def run(self, first_step: int) -> End:
         """Steps, and checkpoints between them. One small all-reduce a step carries all that ranks must agree on."""
         job, every_steps, total_steps = self.job, self.job.spec.checkpoint.every_steps, self.job.total_steps
         world_size = dist.get_world_size()
         self.observer.note("training", first_step=first_step, total_steps=total_steps, world_size=world_size)
+        num_saved_notices = 0.0
+        self.pulse.at(first_step + 1, "waiting for data")
         micro_batches = self.batches.take(first_step)
+        self.pulse.at(first_step + 1, "agreeing")
         (targets,) = _sum_over_ranks(self._count(micro_batches))
         for step in range(first_step, total_steps):
             started = time.perf_counter()
             self.batches.prefetch(step + 1)
             rate = learning_rate(job.spec.train.optimizer, step=step, total_steps=total_steps)
             loss_sum, grad_norm = self._compute(step, micro_batches, targets, rate)
+            self.pulse.at(step + 1, "waiting for data")
             micro_batches = self.batches.take(step + 1)
-            loss_sum, next_targets, stops = _sum_over_ranks(
-                loss_sum, self._count(micro_batches), self.observer.stop_wanted
+            self.pulse.at(step + 1, "agreeing")
+            loss_sum, next_targets, stops, num_notices = _sum_over_ranks(
+                loss_sum, self._count(micro_batches), self.observer.stop_wanted, self.observer.num_notices
             )
             loss, targets = loss_sum / max(targets, 1.0), next_targets
             require_finite(loss, grad_norm, step=step + 1)
             self._report(step + 1, loss, rate, grad_norm, time.perf_counter() - started)
             is_last, stopping = step + 1 == total_steps, stops > 0
-            if is_last or stopping or (step + 1) % every_steps == 0:
-                self.writer.save(self._scalars(step + 1, loss))
+            preempted, num_saved_notices = num_notices > num_saved_notices, num_notices
+            if is_last or stopping or preempted or (step + 1) % every_steps == 0:
+                self.pulse.at(step + 1, "saving")
+                self.writer.save(self._scalars(step + 1, loss), urgent=is_last or stopping or preempted)
             self.observer.saves(self.writer)
             if stopping and not is_last:
-                self._finish()
+                self._finish(step + 1)  # failed or not: the next attempt goes on from what is committed
                 return "stopped"
-        self._finish()
+        saved = self._finish(total_steps)
+        if saved is not None and saved.error is not None:
+            raise saved.error
         return "complete"
 
     def _compute(self, step: int, micro_batches: list[Batch], targets: float, rate: float) -> tuple[float, float]:
@@ -147,8 +177,10 @@ class Loop:
         torch.manual_seed(_step_seed(self.job.spec.train.seed, step, self.rank))
         loss_sum = torch.zeros((), device=self.engine.device)
         for batch in micro_batches:
+            self.pulse.at(step + 1, "forward")
             loss = self.task.loss_sum(self.engine.module, batch)
             loss_sum += loss.detach()
+            self.pulse.at(step + 1, "backward")
             self.engine.backward(loss, global_targets=max(1, int(targets)))
         return float(loss_sum), self.engine.step(rate)
 
@@ -165,12 +197,12 @@ class Loop:
         self.observer.step(figures)
         self.on_step(figures)
 
-    def _finish(self) -> None:
-        """Wait for the last save; unlike those before, its failure is the run's."""
+    def _finish(self, step: int) -> Saved | None:
+        """Wait for the last save and tell what became of it."""
+        self.pulse.at(step, "saving")
         saved = self.writer.wait()
         self.observer.saves(self.writer)
-        if saved is not None and saved.error is not None:
-            raise saved.error
+        return saved
 
     def _scalars(self, step: int, loss: float) -> State:
         return State(
@@ -179,6 +211,7 @@ class Loop:
             loss=loss,
             precision=self.engine.precision,
             optimizer_step=self.engine.state.optimizer_step,
+            loss_scaler=self.engine.state.loss_scaler,
             spec_sha256=self.job.spec.sha256(),
             dataset_fingerprint=self.job.dataset[1],
         )
@@ -230,11 +263,33 @@ def _sum_over_ranks(*values: float) -> list[float]:
     return [float(value) for value in tensor]
 
 
-def _shared_nonce(rank: int) -> str:
-    """Eight random hex digits, drawn by rank 0 and the same on every rank."""
-    drawn = torch.tensor([secrets.randbits(32) if rank == 0 else 0], dtype=torch.int64)
-    dist.broadcast(drawn, src=0)
-    return f"{int(drawn):08x}"
+def _claim_group(store: Store, attempt: Attempt, *, rank: int) -> WorkerGroup:
+    """Rank 0 claims this start of the group of workers and tells the others. Collective.
+
+    Raises:
+        Fenced: a newer attempt has taken over, on all ranks alike.
+    """
+    claimed = ""
+    if rank == 0:
+        try:
+            group = claim_group(store, attempt)
+            claimed = f"{group.number} {group.nonce}"
+        except Fenced as e:
+            logger.warning("%s", e)
+    number, _, nonce = tell_all(claimed, rank=rank).partition(" ")
+    if not number:
+        raise Fenced(f"Attempt {attempt.number} of {attempt.run_id} is fenced: a newer one has taken over.")
+    return WorkerGroup(attempt=attempt, number=int(number), nonce=nonce)
+
+
+def _load(spec: RunSpec, store: Store, run_id: str, engine: Engine, *, rank: int) -> int:
+    """Go on from the newest checkpoint, or start from another run's weights, or from random ones. Returns the step."""
+    resumed = resume_newest(store, run_id, engine.state, engine.model, rank=rank)
+    if resumed is not None:
+        return resumed.step
+    if spec.model.init_from is not None:
+        load_weights(store, *spec.model.init_from_checkpoint(), engine.state, engine.model, rank=rank)
+    return 0
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -247,11 +302,15 @@ def _has_native_bf16(device: torch.device) -> bool:
 
 
 def worker(config: dict[str, Any]) -> None:
-    """Ray Train's train function: one call per worker, on a thread beside the worker's main thread."""
+    """Ray Train's train function: one call per worker, on a thread beside the worker's main thread.
+
+    Args:
+        config: ``job``, a :class:`TrainJob` as JSON, and ``watchdog``, the actor's handle.
+    """
     import ray.train
     import ray.train.torch
 
-    job = TrainJob.model_validate(config)
+    job = TrainJob.model_validate(config["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -259,7 +318,15 @@ def worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(job.spec.resources.cpus_per_worker)
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
-        train(job, rank=rank, world_size=world_size, device=device, on_step=ray_metrics(job, rank))
+        train(
+            job,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            on_step=ray_metrics(job, rank),
+            link=RayLink(config["watchdog"]),
+            preempted=preempted_nodes,
+        )
     except Fenced as e:
         logger.warning("%s", e)
     except RunError as e:

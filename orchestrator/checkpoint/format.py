@@ -1,22 +1,28 @@
 """The checkpoint's manifest and the index that makes any byte range verifiable by itself.
 
-``runs/<run>/checkpoints/step-00000100/manifest.json`` lists one safetensors file per rank. Tensors in it are the
-1-D fp32 *fragments* of the flattened parameters that the rank owns: ``fp32/<parameter>``, ``exp_avg/<parameter>``
-and ``exp_avg_sq/<parameter>``. Beside each file lies its index: the SHA-256 of every 64 KiB block, 32 bytes each,
-one after the other; the manifest holds the index's own digest.
+A checkpoint is one folder, ``runs/<run>/checkpoints/step-00000100/<attempt>-<group>-<nonce>/``, that one group of
+workers wrote, and it exists when ``manifest.json`` in it does. Beside it lies one safetensors file per rank. Tensors
+in it are the 1-D fp32 *fragments* of the flattened parameters that the rank owns: ``fp32/<parameter>``,
+``exp_avg/<parameter>`` and ``exp_avg_sq/<parameter>``. Each file has an index: the SHA-256 of every 64 KiB block, 32
+bytes each, one after the other; the manifest holds the index's own digest, and its own. The whole of it, for whoever
+writes another reader: docs/checkpoint-format.md.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import math
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from orchestrator.errors import IntegrityError
+from orchestrator.spec import canonical_json
 
 BLOCK_BYTES = 64 * 1024
 DIGEST_BYTES = 32
@@ -26,6 +32,10 @@ DTYPE_BYTES = {
     "F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Bytes of one element, by safetensors' name of the dtype."""
+MAX_DIMENSIONS, MAX_SIZE = 64, 2**63 - 1
+"""What torch allows of a shape."""
+MAX_MANIFEST_BYTES = 512 * 2**20
+"""A larger one is refused unread. 723 parameters over 1,000 ranks take 80 MB."""
 
 
 class _Frozen(BaseModel):
@@ -33,7 +43,7 @@ class _Frozen(BaseModel):
 
 
 class RankFile(_Frozen):
-    """One rank's data. Keys are relative to the checkpoint's folder."""
+    """One rank's data. Keys are relative to the manifest's folder."""
 
     key: str
     size_bytes: int
@@ -68,8 +78,32 @@ class Parameter(_Frozen):
         return math.prod(self.shape)
 
 
+class FrozenFragment(_Frozen):
+    """Elements ``start … start + length - 1`` of a flattened parameter that is not trained."""
+
+    file: int
+    start: int
+    length: int
+    offset: int
+
+
+class FrozenParameter(_Frozen):
+    """A parameter that is not trained, in the model's own dtype; it has no moments."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fragments: tuple[FrozenFragment, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+AnyFragment = TypeVar("AnyFragment", Fragment, FrozenFragment)
+
+
 class Buffer(_Frozen):
-    """A persistent buffer of the model, written once."""
+    """A tensor that lies whole in one file: a persistent buffer of the model, or a rank's random state."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -81,24 +115,29 @@ class Buffer(_Frozen):
 class State(_Frozen):
     """The scalars: everything besides tensors that the next step depends on.
 
-    Random numbers need no state: each step seeds them from (seed, step, rank).
+    A run's own random numbers need no state: each step seeds them from (seed, step, rank).
     """
 
     step: int
-    tokens: int
-    loss: float
+    tokens: int = 0
+    loss: float | None = None
     """Mean loss of the step that was taken last."""
     precision: Literal["fp32", "bf16", "fp16"]
     optimizer_step: int
     loss_scaler: dict[str, float | int | bool] | None = None
-    spec_sha256: str
-    dataset_fingerprint: str
+    scheduler: dict[str, Any] | None = None
+    """A learning-rate scheduler's own state, where the loop has one; a run's rate is a function of the step."""
+    spec_sha256: str = ""
+    dataset_fingerprint: str = ""
+    extra: dict[str, Any] = {}
+    """What the caller's own loop wants back: its data position, say."""
 
 
 class Manifest(_Frozen):
     format: Literal["headway/checkpoint/1"] = "headway/checkpoint/1"
     run_id: str
     attempt: int
+    group: int
     nonce: str
     world_size: int
     block_bytes: Literal[65536] = 65536
@@ -106,15 +145,36 @@ class Manifest(_Frozen):
     state: State
     files: tuple[RankFile, ...]
     parameters: dict[str, Parameter]
-    buffers: dict[str, Buffer]
+    frozen: dict[str, FrozenParameter] = {}
+    buffers: dict[str, Buffer] = {}
+    random: dict[str, Buffer] = {}
+    """Random state of each rank, as ``<rank>/<generator>``, where the loop asked for it."""
 
     @model_validator(mode="after")
     def _covers_every_element_once(self) -> Manifest:
+        names = Counter([*self.parameters, *self.frozen, *self.buffers])
+        if any(count > 1 for count in names.values()):
+            raise ValueError(f"{names.most_common(1)[0][0]} is there twice")
+        spans = _Spans(self.files)
         for name, parameter in self.parameters.items():
-            _check_parameter(name, parameter, self.files)
-        for name, buffer in self.buffers.items():
-            _check_buffer(name, buffer)
-            _check_span(f"buffer {name}", buffer.file, buffer.offset, buffer.size_bytes, self.files)
+            _check_shape(f"parameter {name}", parameter.shape)
+            _check_cover(f"parameter {name}", parameter.fragments, parameter.numel)
+            for fragment in parameter.fragments:
+                if set(fragment.offsets) != set(KINDS):
+                    raise ValueError(f"parameter {name}: a fragment lacks one of {', '.join(KINDS)}")
+                for offset in fragment.offsets.values():
+                    spans.add(f"parameter {name}", fragment.file, offset, 4 * fragment.length)
+        for name, frozen in self.frozen.items():
+            _check_shape(f"frozen {name}", frozen.shape)
+            _check_cover(f"frozen {name}", frozen.fragments, frozen.numel)
+            for piece in frozen.fragments:
+                spans.add(f"frozen {name}", piece.file, piece.offset, _itemsize(frozen.dtype) * piece.length)
+        for name, buffer in [*self.buffers.items(), *self.random.items()]:
+            _check_shape(f"buffer {name}", buffer.shape)
+            if _itemsize(buffer.dtype) * math.prod(buffer.shape) != buffer.size_bytes:
+                raise ValueError(f"buffer {name}: {buffer.dtype} {buffer.shape} is not {buffer.size_bytes} bytes")
+            spans.add(f"buffer {name}", buffer.file, buffer.offset, buffer.size_bytes)
+        spans.require_disjoint()
         return self
 
     @property
@@ -122,34 +182,80 @@ class Manifest(_Frozen):
         return sum(file.size_bytes for file in self.files)
 
 
-def _check_buffer(name: str, buffer: Buffer) -> None:
-    if min(buffer.shape, default=0) < 0:
-        raise ValueError(f"buffer {name}: there is no shape {buffer.shape}")
-    if DTYPE_BYTES.get(buffer.dtype, -1) * math.prod(buffer.shape) != buffer.size_bytes:
-        raise ValueError(f"buffer {name}: {buffer.dtype} {buffer.shape} does not take {buffer.size_bytes} bytes")
+class _Spans:
+    """The byte ranges of each file that a manifest speaks of."""
+
+    def __init__(self, files: tuple[RankFile, ...]) -> None:
+        self._files = files
+        self._found: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+
+    def add(self, what: str, file: int, offset: int, size_bytes: int) -> None:
+        if not 0 <= file < len(self._files):
+            raise ValueError(f"{what}: there is no file {file}")
+        if offset < 0 or offset + size_bytes > self._files[file].size_bytes:
+            raise ValueError(f"{what}: bytes {offset}+{size_bytes} lie outside {self._files[file].key}")
+        if size_bytes:
+            self._found[file].append((offset, offset + size_bytes, what))
+
+    def require_disjoint(self) -> None:
+        for file, found in self._found.items():
+            found.sort()
+            for (_, stop, before), (start, _, what) in itertools.pairwise(found):
+                if start < stop:
+                    raise ValueError(f"{before} and {what} share bytes of {self._files[file].key}")
 
 
-def _check_parameter(name: str, parameter: Parameter, files: tuple[RankFile, ...]) -> None:
-    if min(parameter.shape, default=0) < 0:
-        raise ValueError(f"parameter {name}: there is no shape {parameter.shape}")
+def _itemsize(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"there is no dtype {dtype!r}")
+    return DTYPE_BYTES[dtype]
+
+
+def _check_shape(what: str, shape: tuple[int, ...]) -> None:
+    # Before any product of sizes: that of many huge ones would take hours.
+    if len(shape) > MAX_DIMENSIONS or not all(0 <= size <= MAX_SIZE for size in shape):
+        raise ValueError(f"{what}: there is no such shape")
+
+
+def _check_cover(what: str, fragments: Iterable[Fragment | FrozenFragment], numel: int) -> None:
     position = 0
-    for fragment in sorted(parameter.fragments, key=lambda f: f.start):
+    for fragment in sorted(fragments, key=lambda f: f.start):
         if fragment.start != position or fragment.length < 1:
-            raise ValueError(f"parameter {name}: elements from {position} on are missing or given twice")
-        if set(fragment.offsets) != set(KINDS):
-            raise ValueError(f"parameter {name}: a fragment lacks one of {', '.join(KINDS)}")
-        for offset in fragment.offsets.values():
-            _check_span(f"parameter {name}", fragment.file, offset, 4 * fragment.length, files)
+            raise ValueError(f"{what}: elements from {position} on are missing or given twice")
         position += fragment.length
-    if position != parameter.numel:
-        raise ValueError(f"parameter {name}: {position} of {parameter.numel} elements are there")
+    if position != numel:
+        raise ValueError(f"{what}: {position} of {numel} elements are there")
 
 
-def _check_span(what: str, file: int, offset: int, size_bytes: int, files: tuple[RankFile, ...]) -> None:
-    if not 0 <= file < len(files):
-        raise ValueError(f"{what}: there is no file {file}")
-    if offset < 0 or size_bytes < 0 or offset + size_bytes > files[file].size_bytes:
-        raise ValueError(f"{what}: bytes {offset}+{size_bytes} lie outside {files[file].key}")
+def seal(document: dict[str, Any]) -> bytes:
+    """Canonical JSON of ``document``, and as its last field, ``sha256``, the digest of those very bytes."""
+    data = canonical_json(document)
+    return data[:-1] + _seal_of(data)
+
+
+def unseal(data: bytes, *, source: str) -> dict[str, Any]:
+    """The document of :func:`seal`.
+
+    Raises:
+        IntegrityError: a byte is other than it was, or these never were sealed bytes.
+    """
+    body = data[:-_SEAL_BYTES] + b"}"
+    if data[-_SEAL_BYTES:] != _seal_of(body):
+        raise IntegrityError(f"{source} is damaged: its bytes do not match the digest that they carry.")
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        raise IntegrityError(f"{source} is not JSON: {e}.") from e
+    if not isinstance(document, dict):
+        raise IntegrityError(f"{source} is not a JSON object.")
+    return document
+
+
+def _seal_of(data: bytes) -> bytes:
+    return b',"sha256":"' + hashlib.sha256(data).hexdigest().encode() + b'"}'
+
+
+_SEAL_BYTES = len(_seal_of(b""))
 
 
 def parse_manifest(document: Any, *, source: str) -> Manifest:
@@ -205,14 +311,14 @@ def num_blocks(size_bytes: int) -> int:
     return -(-size_bytes // BLOCK_BYTES)
 
 
-def overlaps(parameter: Parameter, start: int, length: int) -> Iterator[tuple[Fragment, int, int]]:
+def overlaps(fragments: Iterable[AnyFragment], start: int, length: int) -> Iterator[tuple[AnyFragment, int, int]]:
     """Stored fragments that hold elements ``start … start + length - 1``.
 
     Yields:
         (fragment, first element within the fragment, number of elements)
     """
     stop = start + length
-    for fragment in parameter.fragments:
+    for fragment in fragments:
         low, high = max(start, fragment.start), min(stop, fragment.start + fragment.length)
         if low < high:
             yield fragment, low - fragment.start, high - low

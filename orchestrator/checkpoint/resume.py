@@ -6,266 +6,245 @@ of the stored fragments that overlap it, 64 KiB block by block, each block check
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.checkpoint.catalog import committed_steps, read_manifest
-from orchestrator.checkpoint.format import (
-    DIGEST_BYTES,
-    KINDS,
-    Manifest,
-    RankFile,
-    covering_blocks,
-    num_blocks,
-    overlaps,
-    verify_blocks,
-)
-from orchestrator.checkpoint.tensors import persistent_buffers, safetensors_dtype
+from orchestrator.checkpoint.agreement import all_agree, tell_all
+from orchestrator.checkpoint.catalog import Folder, committed, find, read_manifest
+from orchestrator.checkpoint.format import KINDS, Buffer, Manifest
+from orchestrator.checkpoint.random_state import RandomState
+from orchestrator.checkpoint.reader import CheckpointReader, Piece, buffer_piece, frozen_pieces, pieces_of
+from orchestrator.checkpoint.retention import pinned
+from orchestrator.checkpoint.tensors import byte_view, persistent_buffers, safetensors_dtype
 from orchestrator.checkpoint.zero import ZeroState
 from orchestrator.errors import IntegrityError, NotFound, RunError
 from orchestrator.store import Store, layout
 
 logger = logging.getLogger(__name__)
-READ_BYTES = 16 * 2**20
-_READERS = 8
-_NOTHING_COMMITTED, _NONE_USABLE = -1, -2
+_FRESH, _UNUSABLE = "fresh", "unusable"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A byte range of one file and the 1-D tensor of bytes that it fills."""
+class Resumed:
+    """The checkpoint that a group of workers goes on from."""
 
-    file: int
-    start: int
-    target: Tensor
+    folder: Folder
+    manifest: Manifest
+    bytes_read: int
+    """By this rank."""
 
     @property
-    def stop(self) -> int:
-        return self.start + int(self.target.numel())
+    def step(self) -> int:
+        return self.manifest.state.step
 
 
-class CheckpointReader:
-    """Verified ranged reads of one committed checkpoint."""
+def resume_newest(
+    store: Store, run_id: str, state: ZeroState, module: nn.Module, *, rank: int, random: RandomState | None = None
+) -> Resumed | None:
+    """Load the newest committed checkpoint that verifies, else the one before it. Collective.
 
-    def __init__(self, store: Store, run_id: str, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self._store = store
-        self._folder = layout.checkpoint(run_id, manifest.state.step)
-        self._indexes: dict[int, bytes] = {}
-        self.bytes_read = 0
+    Rank 0 chooses and tells the others the folder and the manifest's digest; all ranks agree on whether the load
+    succeeded. Returns None where nothing is committed.
 
-    def check_indexes(self) -> None:
-        """Fetch every file's index and check it and the file's size.
+    Args:
+        random: generators to set as they were. A rank that the checkpoint's group did not have keeps its own.
 
-        Raises:
-            IntegrityError: naming the first bad part.
-        """
-        sizes = {item.key: item.size_bytes for item in self._store.list(self._folder)}
-        for number, file in enumerate(self.manifest.files):
-            self._index(number)
-            found = sizes.get(self._folder + file.key)
-            if found != file.size_bytes:
-                raise IntegrityError(
-                    f"{self._store.uri_of(self._folder + file.key)} holds {found} bytes, not {file.size_bytes}."
-                )
-
-    def read(self, pieces: list[Piece]) -> None:
-        """Fill every piece's target, in parallel reads of at most 16 MiB.
-
-        Raises:
-            IntegrityError: a block does not match its digest.
-        """
-        groups = list(_coalesce(pieces))
-        for number in {group[0].file for group in groups}:
-            self._index(number)
-        with ThreadPoolExecutor(_READERS) as pool:
-            for _ in pool.map(self._read_group, groups):
-                pass
-
-    def check_all(self) -> None:
-        """Read every byte and check it.
-
-        Raises:
-            IntegrityError, NotFound: naming the first bad part.
-        """
-        self.check_indexes()
-        for number, file in enumerate(self.manifest.files):
-            for start in range(0, file.size_bytes, READ_BYTES):
-                part = torch.empty(min(READ_BYTES, file.size_bytes - start), dtype=torch.uint8)
-                self.read([Piece(file=number, start=start, target=part)])
-
-    def _read_group(self, group: list[Piece]) -> None:
-        file = self.manifest.files[group[0].file]
-        start, stop = group[0].start, max(piece.stop for piece in group)
-        blocks = covering_blocks(start, stop - start, file.size_bytes)
-        key = self._folder + file.key
-        data = self._store.get_range(key, blocks.start, blocks.stop - blocks.start)
-        if len(data) != blocks.stop - blocks.start:
-            raise IntegrityError(f"{self._store.uri_of(key)} ends at byte {blocks.start + len(data)}.")
-        self.bytes_read += len(data)
-        verify_blocks(data, blocks.first, self._index(group[0].file), source=self._store.uri_of(key))
-        source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        for piece in group:
-            offset = piece.start - blocks.start
-            piece.target.copy_(source[offset : offset + piece.target.numel()])
-
-    def _index(self, number: int) -> bytes:
-        if number not in self._indexes:
-            file: RankFile = self.manifest.files[number]
-            self._indexes[number] = self._store.get_verified(
-                self._folder + file.index_key,
-                sha256=file.index_sha256,
-                size_bytes=num_blocks(file.size_bytes) * DIGEST_BYTES,
+    Raises:
+        IntegrityError: there are checkpoints, and none of them can be used.
+        RunError: the model has other parameters than the checkpoint.
+    """
+    failed: list[Folder] = []
+    while True:
+        choice = tell_all(_choose(store, run_id, failed) if rank == 0 else "", rank=rank)
+        if choice == _FRESH:
+            return None
+        if choice == _UNUSABLE:
+            # Not a fresh start: the state may be half filled, and the training so far would silently be repeated.
+            raise IntegrityError(
+                f"None of the checkpoints committed for {run_id} can be used; the warnings say what is damaged.",
+                next_step=f"Restore {store.uri_of(layout.checkpoints(run_id))}, or delete it to train from the start.",
             )
-        return self._indexes[number]
+        folder, digest = _parse_choice(choice, run_id)
+        fault, resumed = "", None
+        try:
+            resumed = _load(store, folder, digest, state, module, random, rank=rank)
+        except (IntegrityError, NotFound) as e:
+            fault = str(e)
+        if all_agree(not fault):
+            state.refresh()  # collective, so not before it is known that every rank has read its part
+            return resumed
+        failed.append(folder)
+        logger.warning(
+            "The checkpoint of step %d cannot be used, trying the one before: %s",
+            folder.step,
+            fault or "(other rank)",
+        )
 
 
-def load_state(reader: CheckpointReader, state: ZeroState, module: nn.Module) -> None:
-    """Fill this rank's masters, moments and buffers from a checkpoint; :meth:`ZeroState.refresh` comes after.
+def load_weights(store: Store, run_id: str, step: int, state: ZeroState, module: nn.Module, *, rank: int) -> Folder:
+    """Start from another run's weights: masters, frozen parameters and buffers; moments and counters stay new.
+
+    Collective. The checkpoint is pinned while it is read.
+
+    Raises:
+        NotFound: that run has no committed checkpoint of that step. IntegrityError: it is damaged.
+        RunError: the model has other parameters than the checkpoint.
+    """
+    choice = tell_all(_choose_step(store, run_id, step) if rank == 0 else "", rank=rank)
+    if choice == _FRESH:
+        raise NotFound(f"{run_id} has no committed checkpoint of step {step}.")
+    folder, digest = _parse_choice(choice, run_id)
+    with pinned(store, folder, reason="another run starts from it"):
+        manifest, found = read_manifest(store, folder)
+        if found != digest:
+            raise IntegrityError(f"The manifest of step {step} of {run_id} is not the one that rank 0 read.")
+        _fill(CheckpointReader(store, folder, manifest), state, module, kinds=("fp32",))
+    all_agree(True)
+    state.refresh()
+    return folder
+
+
+def _choose_step(store: Store, run_id: str, step: int) -> str:
+    try:
+        folder = find(store, run_id, step)
+    except NotFound:
+        return _FRESH
+    return _choice(folder, read_manifest(store, folder)[1])
+
+
+def _choose(store: Store, run_id: str, failed: Sequence[Folder]) -> str:
+    """Rank 0's choice as text: a folder and its manifest's digest, or one of the two words."""
+    there = committed(store, run_id)
+    for folder in there:
+        if folder in failed:
+            continue
+        try:
+            manifest, digest = read_manifest(store, folder)
+            CheckpointReader(store, folder, manifest).check_indexes()
+        except (IntegrityError, NotFound) as e:
+            logger.warning("The checkpoint of step %d cannot be used, trying the one before: %s", folder.step, e)
+            continue
+        return _choice(folder, digest)
+    return _UNUSABLE if there else _FRESH
+
+
+def _choice(folder: Folder, digest: str) -> str:
+    return json.dumps([folder.step, folder.attempt, folder.group, folder.nonce, digest])
+
+
+def _parse_choice(text: str, run_id: str) -> tuple[Folder, str]:
+    step, attempt, group, nonce, digest = json.loads(text)
+    return Folder(run_id=run_id, step=step, attempt=attempt, group=group, nonce=nonce), digest
+
+
+def _load(
+    store: Store,
+    folder: Folder,
+    digest: str,
+    state: ZeroState,
+    module: nn.Module,
+    random: RandomState | None,
+    *,
+    rank: int,
+) -> Resumed:
+    manifest, found = read_manifest(store, folder)
+    if found != digest:
+        raise IntegrityError(f"The manifest of step {folder.step} is not the one that rank 0 read.")
+    reader = CheckpointReader(store, folder, manifest)
+    _fill(reader, state, module, kinds=KINDS)
+    state.optimizer_step = manifest.state.optimizer_step
+    if manifest.state.loss_scaler is not None and state.loss_scaler is not None:
+        state.loss_scaler = manifest.state.loss_scaler
+    if random is not None:
+        _restore_random(reader, random, rank=rank)
+    return Resumed(folder=folder, manifest=manifest, bytes_read=reader.bytes_read)
+
+
+def _fill(reader: CheckpointReader, state: ZeroState, module: nn.Module, *, kinds: Sequence[str]) -> None:
+    """Fill this rank's part of the state from a checkpoint; :meth:`ZeroState.refresh` comes after.
 
     Raises:
         RunError: the model has other parameters than the checkpoint. IntegrityError: damaged bytes.
     """
     manifest = reader.manifest
-    require_same_parameters(manifest, state.shapes)
-    pieces, copies = [], []
+    require_same_parameters(manifest, state)
+    filling = _Filling()
     for fragment in state.fragments():
-        for kind in KINDS:
-            target = fragment.tensors[kind]
-            host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-            pieces += list(pieces_of(manifest, fragment.parameter, kind, fragment.start, host))
-            if host is not target:
-                copies.append((target, host))
+        for kind in kinds:
+            target = filling.view(fragment.tensors[kind])
+            filling.pieces += pieces_of(manifest, fragment.parameter, kind, fragment.start, target)
+    for fragment in state.frozen():
+        target = filling.view(fragment.tensors["frozen"])
+        filling.pieces += frozen_pieces(manifest, fragment.parameter, fragment.start, target)
     for name, tensor in persistent_buffers(module).items():
-        pieces.append(_buffer_piece(manifest, name, tensor))
-    reader.read(pieces)
-    for target, host in copies:
-        target.copy_(host)
-    state.optimizer_step = manifest.state.optimizer_step
+        filling.pieces.append(buffer_piece(_matching_buffer(manifest, name, tensor), filling.view(tensor)))
+    reader.read(filling.pieces)
+    filling.finish()
 
 
-def pieces_of(manifest: Manifest, name: str, kind: str, start: int, target: Tensor) -> Iterator[Piece]:
-    """The byte ranges that fill ``target`` (1-D fp32) with a parameter's elements from ``start`` on."""
-    target_bytes = target.view(torch.uint8)
-    for stored, skip, length in overlaps(manifest.parameters[name], start, target.numel()):
-        into = 4 * (stored.start + skip - start)
-        yield Piece(
-            file=stored.file,
-            start=stored.offsets[kind] + 4 * skip,  # type: ignore[index]
-            target=target_bytes[into : into + 4 * length],
-        )
+@dataclass
+class _Filling:
+    """Byte ranges on their way into tensors; those that are not plain host memory are filled by way of a copy."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def view(self, tensor: Tensor) -> memoryview:
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            return byte_view(tensor)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self.copies.append((tensor, host))
+        return byte_view(host)
+
+    def finish(self) -> None:
+        for target, host in self.copies:
+            target.detach().copy_(host)
 
 
-def require_same_parameters(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
-    stored = {name: tuple(parameter.shape) for name, parameter in manifest.parameters.items()}
-    if stored == shapes:
+def _restore_random(reader: CheckpointReader, random: RandomState, *, rank: int) -> None:
+    stored = {name: reader.manifest.random.get(f"{rank}/{name}") for name in random.tensors}
+    found = {name: b for name, b in stored.items() if b is not None and _is_like(b, random.tensors[name])}
+    if found.keys() != random.tensors.keys():
+        logger.warning("Rank %d keeps its own random state: the checkpoint has none that fits it.", rank)
         return
-    for name in sorted(stored.keys() | shapes.keys()):
-        if stored.get(name) != shapes.get(name):
+    reader.read([buffer_piece(buffer, byte_view(random.tensors[name])) for name, buffer in found.items()])
+    random.restore()
+
+
+def require_same_parameters(manifest: Manifest, state: ZeroState) -> None:
+    """
+    Raises:
+        RunError: naming the first parameter that differs.
+    """
+    stored = {name: (p.shape, "trained") for name, p in manifest.parameters.items()} | {
+        name: (p.shape, f"frozen, {p.dtype}") for name, p in manifest.frozen.items()
+    }
+    ours = {name: (shape, "trained") for name, shape in state.shapes.items()} | {
+        name: (shape, f"frozen, {safetensors_dtype(dtype)}") for name, (dtype, shape) in state.frozen_shapes.items()
+    }
+    for name in sorted(stored.keys() | ours.keys()):
+        if stored.get(name) != ours.get(name):
             raise RunError(
                 f"The checkpoint of step {manifest.state.step} holds {name} as {stored.get(name)}, "
-                f"the model has it as {shapes.get(name)}."
+                f"the model has it as {ours.get(name)}.",
+                next_step="Build the model as it was, or give the run another name to train this one from the start.",
             )
 
 
-def _buffer_piece(manifest: Manifest, name: str, tensor: Tensor) -> Piece:
+def _matching_buffer(manifest: Manifest, name: str, tensor: Tensor) -> Buffer:
     stored = manifest.buffers.get(name)
-    if stored is None or tuple(stored.shape) != tuple(tensor.shape) or stored.dtype != safetensors_dtype(tensor.dtype):
-        raise RunError(f"The checkpoint of step {manifest.state.step} has no matching buffer {name}.")
-    return Piece(file=stored.file, start=stored.offset, target=tensor.detach().view(-1).view(torch.uint8))
-
-
-def _coalesce(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of one file that lie close together, as reads of at most READ_BYTES."""
-    split = []
-    for piece in pieces:
-        for offset in range(0, piece.target.numel(), READ_BYTES):
-            part = piece.target[offset : offset + READ_BYTES]
-            split.append(Piece(file=piece.file, start=piece.start + offset, target=part))
-    group: list[Piece] = []
-    for piece in sorted(split, key=lambda p: (p.file, p.start)):
-        if group and (
-            piece.file != group[0].file
-            or piece.stop - group[0].start > READ_BYTES
-            or piece.start > group[-1].stop + READ_BYTES // 256
-        ):
-            yield group
-            group = []
-        group.append(piece)
-    if group:
-        yield group
-
-
-def resume_newest(store: Store, run_id: str, state: ZeroState, module: nn.Module, *, rank: int) -> Manifest | None:
-    """Load the newest committed checkpoint that verifies, else the one before it. Collective.
-
-    Rank 0 chooses and tells the others the step and the manifest's digest; all ranks agree on whether the load
-    succeeded. Returns None where nothing is committed.
-
-    Raises:
-        IntegrityError: there are checkpoints, and none of them can be used.
-    """
-    below = 2**62
-    while True:
-        step, digest = _choose(store, run_id, below, rank=rank)
-        if step == _NOTHING_COMMITTED:
-            return None
-        if step == _NONE_USABLE:
-            # Not a fresh start: the state may be half filled, and its saves would meet the damaged ones' names.
-            raise IntegrityError(
-                f"None of the checkpoints committed for {run_id} can be used; the warnings say what is damaged.",
-                next_step=f"Restore {store.uri_of(layout.checkpoints(run_id))}, or delete it to train from the start.",
-            )
-        loaded, fault = None, ""
-        try:
-            loaded, found = read_manifest(store, run_id, step)
-            if found != digest:
-                raise IntegrityError(f"The manifest of step {step} is not the one that rank 0 read.")
-            reader = CheckpointReader(store, run_id, loaded)
-            load_state(reader, state, module)
-        except (IntegrityError, NotFound) as e:
-            fault = str(e)
-        if _all_ranks(not fault):
-            state.refresh()  # collective, so not before it is known that every rank has read its part
-            return loaded
-        logger.warning(
-            "The checkpoint of step %d cannot be used, trying the one before: %s",
-            step,
-            fault or "(other rank)",
+    if stored is None or not _is_like(stored, tensor):
+        raise RunError(
+            f"The checkpoint of step {manifest.state.step} has no matching buffer {name}.",
+            next_step="Build the model as it was, or give the run another name to train this one from the start.",
         )
-        below = step
+    return stored
 
 
-def _choose(store: Store, run_id: str, below: int, *, rank: int) -> tuple[int, str]:
-    """Rank 0's choice, told to all: (step, SHA-256 of its manifest), or one of the two negative numbers."""
-    message = torch.zeros(1 + DIGEST_BYTES, dtype=torch.int64)
-    if rank == 0:
-        committed = committed_steps(store, run_id)
-        message[0] = _NONE_USABLE if committed else _NOTHING_COMMITTED
-        for step in committed:
-            if step >= below:
-                continue
-            try:
-                manifest, digest = read_manifest(store, run_id, step)
-                CheckpointReader(store, run_id, manifest).check_indexes()
-            except (IntegrityError, NotFound) as e:
-                logger.warning("The checkpoint of step %d cannot be used, trying the one before: %s", step, e)
-                continue
-            message[0] = step
-            message[1:] = torch.frombuffer(bytearray(bytes.fromhex(digest)), dtype=torch.uint8).long()
-            break
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast(message, src=0)
-    return int(message[0]), bytes(message[1:].tolist()).hex()
-
-
-def _all_ranks(ok: bool) -> bool:
-    agreed = torch.tensor([int(ok)])
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
-    return bool(agreed.item())
+def _is_like(stored: Buffer, tensor: Tensor) -> bool:
+    return stored.shape == tuple(tensor.shape) and stored.dtype == safetensors_dtype(tensor.dtype)

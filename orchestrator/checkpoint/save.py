@@ -7,41 +7,41 @@ for those and commits the manifest: no collectives, so a slow upload never meets
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import logging
-import struct
+import os
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.checkpoint.catalog import read_manifest
-from orchestrator.checkpoint.format import (
-    KINDS,
-    Buffer,
-    Fragment,
-    Manifest,
-    Parameter,
-    RankFile,
-    State,
-    block_index,
-)
-from orchestrator.checkpoint.resume import CheckpointReader
-from orchestrator.checkpoint.tensors import persistent_buffers, safetensors_dtype
+from orchestrator.checkpoint.catalog import MANIFEST, Folder
+from orchestrator.checkpoint.commit import COMMIT_TIMEOUT_S, assemble, await_ranks, rank_name
+from orchestrator.checkpoint.format import RankFile, State, block_index, seal
+from orchestrator.checkpoint.image import FileImage, share
+from orchestrator.checkpoint.random_state import RandomState
+from orchestrator.checkpoint.retention import abort_unfinished_uploads, retire
+from orchestrator.checkpoint.tensors import persistent_buffers
 from orchestrator.checkpoint.zero import OwnedFragment, ZeroState
-from orchestrator.errors import AlreadyExists, HeadwayError, IntegrityError, NotFound, StoreError
-from orchestrator.spec import canonical_json
-from orchestrator.store import Attempt, Store, layout
-from orchestrator.store.attempts import ensure_newest
+from orchestrator.errors import AttemptFailed, Fenced, HeadwayError, UsageError
+from orchestrator.store import Store, WorkerGroup
+from orchestrator.store.attempts import ensure_newest_group
 
 logger = logging.getLogger(__name__)
-COMMIT_TIMEOUT_S = 600.0
-_POLL_S = 0.1
-_FLOAT_BYTES = 4
+UPLOAD_TRIES = 3
+"""Whole uploads tried, each of requests that the store tries several times by itself."""
+RETRY_S = 5.0
+_PIECE_BYTES = 2**20  # copied at a time, while training cannot have the interpreter
+_LOWEST_PRIORITY = 19
+CALM_BYTES_PER_S = 6 * 2**20
+"""How fast a rank uploads where training itself computes on the CPUs: so fast that two ranks take about a tenth of two
+cores, an S3 server on them included. Faster where half the time between two saves would not do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class SaveCounts:
     committed: int = 0
     failed: int = 0
     blocked_s: float = 0.0
+    """Time that the training thread spent in saves."""
     last_committed_step: int | None = None
     results: list[Saved] = field(default_factory=list)
 
@@ -67,40 +68,58 @@ class CheckpointWriter:
     """Saves the state of one rank's engine. All ranks call :meth:`save` at the same steps.
 
     Args:
-        group_nonce: drawn anew by rank 0 whenever the group of workers starts, and the same on all ranks, so that
-            a restarted group never mixes its files with those of the one before.
-        keep: committed checkpoints to keep, newest first.
+        group: this start of the group of workers, claimed by rank 0 and the same on all ranks, so that a restarted
+            group never mixes its files with those of the one before.
+        keep: steps whose checkpoints to keep, newest first.
+        random: generators whose state to save, for loops that draw from them.
+        retry_s: wait before an upload that failed is tried again.
     """
 
     def __init__(
         self,
         store: Store,
-        attempt: Attempt,
+        group: WorkerGroup,
         state: ZeroState,
         module: nn.Module,
         *,
         rank: int,
         world_size: int,
-        group_nonce: str,
         keep: int,
+        random: RandomState | None = None,
+        retry_s: float = RETRY_S,
     ) -> None:
         self.counts = SaveCounts()
-        self._store, self._attempt, self._state = store, attempt, state
+        self._store, self._group, self._state = store, group, state
         self._rank, self._world_size, self._keep = rank, world_size, keep
-        self._group = f"{layout.number(attempt.number)}-{group_nonce}"
-        self._image = _FileImage(
-            _share(state.fragments(), state, rank=rank, world_size=world_size),
-            persistent_buffers(module) if rank == 0 else {},
-        )
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._random, self._retry_s = random, retry_s
+        self._module = module
+        self._image = FileImage(*_parts(state, rank=rank, world_size=world_size), self._whole())
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_run_behind)
         self._pending: Future[Saved] | None = None
         self._last: Saved | None = None
+        self._newest_step: int | None = None
+        self._closing, self._hurry, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        self._saved_s = time.monotonic()
+        self._spread_s = 0.0
 
-    def save(self, scalars: State) -> None:
-        """Snapshot now, upload behind. Returns once the state may change; waits for the save before, if any."""
+    def save(self, scalars: State, *, urgent: bool = False) -> None:
+        """Snapshot now, upload behind. Returns once the state may change; waits for the save before, if any.
+
+        Args:
+            urgent: upload as fast as can be, whatever that takes from training.
+
+        Raises:
+            UsageError: the step is not above that of the save before. Its files would be those of that checkpoint.
+        """
         started = time.perf_counter()
         self.wait()
-        self._image.snapshot()
+        if self._newest_step is not None and scalars.step <= self._newest_step:
+            raise UsageError(f"Step {scalars.step} is not above step {self._newest_step}, which was saved before it.")
+        self._newest_step = scalars.step
+        if self._random is not None:
+            self._random.capture()
+        self._image.snapshot(self._whole())
+        self._pace(urgent=urgent)
         self._pending = self._pool.submit(self._write, scalars)
         self.counts.blocked_s += time.perf_counter() - started
 
@@ -112,6 +131,7 @@ class CheckpointWriter:
         """
         if self._pending is None:
             return self._last
+        self._hurry.set()
         saved = self._last = self._pending.result()
         self._pending = None
         self.counts.results.append(saved)
@@ -130,251 +150,177 @@ class CheckpointWriter:
         results, self.counts.results = self.counts.results, []
         return results
 
-    def close(self) -> None:
+    def close(self, *, abandon: bool = False) -> None:
+        """End the thread, once the save under way is through; one that keeps failing is not tried again.
+
+        Args:
+            abandon: wait some seconds at most for other ranks: an error is on its way out, their parts may never come.
+        """
+        self._closing.set()
+        self._hurry.set()
+        if abandon:
+            self._abandoned.set()
         self._pool.shutdown(wait=True)
+
+    def _whole(self) -> dict[str, Tensor]:
+        """Tensors that are written as they are. Looked up each time: a module may put another in a buffer's place."""
+        whole = {}
+        if self._random is not None:
+            whole = {f"random/{self._rank}/{name}": tensor for name, tensor in self._random.tensors.items()}
+        if self._rank == 0:
+            whole |= {f"buffer/{name}": tensor for name, tensor in persistent_buffers(self._module).items()}
+        return whole
+
+    def _pace(self, *, urgent: bool) -> None:
+        """How far to spread the coming upload. Beside a GPU the CPUs have time: the sooner it is safe the better."""
+        now_s = time.monotonic()
+        interval_s, self._saved_s = now_s - self._saved_s, now_s
+        calm_s = min(self._image.size_bytes / CALM_BYTES_PER_S, interval_s / 2)
+        self._spread_s = 0.0 if urgent or torch.cuda.is_available() else calm_s
+        self._hurry.clear()
 
     # -- on the thread
 
     def _write(self, scalars: State) -> Saved:
         started = time.perf_counter()
-        size_bytes = self._image.size_bytes
-        folder = layout.checkpoint(self._attempt.run_id, scalars.step)
+        folder = _folder(self._group, scalars.step)
+        error: HeadwayError | None = None
         try:
             self._upload(folder)
             if self._rank == 0:
                 self._commit(folder, scalars)
-                remove_old(self._store, self._attempt, keep=self._keep, just_committed=scalars.step)
         except HeadwayError as e:
-            self._tell_failed(folder, e)
-            return Saved(step=scalars.step, seconds=time.perf_counter() - started, size_bytes=size_bytes, error=e)
-        return Saved(step=scalars.step, seconds=time.perf_counter() - started, size_bytes=size_bytes)
+            error = e
+        except Exception as e:  # a full disk, no memory: whatever it is, training must not end of it
+            logger.exception("Saving step %d", scalars.step)
+            error = AttemptFailed(f"Saving step {scalars.step} failed with {type(e).__name__}: {e}.")
+        if error is not None:
+            self._tell_failed(folder, error)
+        seconds = time.perf_counter() - started
+        return Saved(step=scalars.step, seconds=seconds, size_bytes=self._image.size_bytes, error=error)
 
-    def _upload(self, folder: str) -> None:
-        name = self._rank_name(self._rank)
-        data = self._image.file_bytes()
-        index = block_index(data)
-        self._store.upload(f"{folder}{name}.safetensors", bytes(data))
-        self._store.upload(f"{folder}{name}.index", index)
+    def _upload(self, folder: Folder) -> None:
+        """Upload this rank's part and publish it, more than once if need be.
+
+        Each try goes on where the one before failed. What came before is not written again: where only the answer to
+        the last step was lost, rank 0 may have committed it by now.
+
+        Raises:
+            HeadwayError: the last try's.
+        """
+        steps = self._upload_steps(folder)
+        for tries_left in reversed(range(UPLOAD_TRIES)):
+            try:
+                while steps:
+                    steps[0]()
+                    del steps[0]
+                return
+            except Fenced:
+                raise
+            except HeadwayError as e:
+                if not tries_left or self._closing.wait(self._retry_s):
+                    raise
+                logger.warning("Uploading rank %d's part of step %d again: %s", self._rank, folder.step, e)
+                self._hurry.set()
+
+    def _upload_steps(self, folder: Folder) -> list[Callable[[], None]]:
+        """Uploads of the file and of its index, and last what tells rank 0 that both are there."""
+        name, index = rank_name(self._rank), block_index(self._image.data)
         file = RankFile(
             key=f"{name}.safetensors",
-            size_bytes=len(data),
+            size_bytes=self._image.size_bytes,
             index_key=f"{name}.index",
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
         published = {"file": file.model_dump(mode="json"), **self._image.describe()}
-        self._store.create_json(f"{folder}{name}.json", published)
+        return [
+            lambda: self._send(folder.prefix + file.key),
+            lambda: self._store.upload(folder.prefix + file.index_key, index, once=True),
+            lambda: self._store.create(f"{folder.prefix}{name}.json", seal(published)),
+        ]
 
-    def _tell_failed(self, folder: str, error: HeadwayError) -> None:
+    def _send(self, key: str) -> None:
+        """Send the file as a stream: each part goes out in one call that holds no lock of Python's. As a file, it
+        would go in pieces of 16 KiB, and training would wait for the interpreter thousands of times."""
+        pieces = paced(_pieces(self._image.data), over_s=self._spread_s, total=len(self._image.data), hurry=self._hurry)
+        self._store.upload_stream(key, pieces, once=True, size_bytes=len(self._image.data))
+
+    def _tell_failed(self, folder: Folder, error: HeadwayError) -> None:
         """Let rank 0 know, so that it does not wait for this rank in vain."""
         if self._rank == 0:
             return
         try:
-            self._store.create_json(f"{folder}{self._rank_name(self._rank)}.failed.json", {"error": str(error)})
-        except HeadwayError as e:
+            self._store.create_json(f"{folder.prefix}{rank_name(self._rank)}.failed.json", {"error": str(error)})
+        except Exception as e:  # what made the save fail, no memory say, may well be so still
             logger.warning("That rank %d's upload failed could not be told: %s", self._rank, e)
 
-    def _rank_name(self, rank: int) -> str:
-        return f"{self._group}/rank-{rank:05d}"
-
-    def _commit(self, folder: str, scalars: State) -> None:
-        published = self._await_ranks(folder)
+    def _commit(self, folder: Folder, scalars: State) -> None:
+        published = await_ranks(
+            self._store,
+            folder,
+            world_size=self._world_size,
+            timeout_s=COMMIT_TIMEOUT_S + self._spread_s,
+            abandoned=self._abandoned,
+        )
         manifest = assemble(
             published,
+            folder=folder,
             shapes=self._state.shapes,
-            attempt=self._attempt,
-            nonce=self._group.split("-")[1],
+            frozen_shapes=self._state.frozen_shapes,
             scalars=scalars,
+            created_s=time.time(),
         )
-        ensure_newest(self._store, self._attempt)
-        key, data = f"{folder}manifest.json", canonical_json(manifest.model_dump(mode="json"))
+        ensure_newest_group(self._store, self._group)
+        self._store.create(folder.prefix + MANIFEST, seal(manifest.model_dump(mode="json")))
         try:
-            self._store.create(key, data)
-        except AlreadyExists:
-            if self._standing_is_whole(scalars.step):
-                logger.info("Step %d was committed before.", scalars.step)
-                return
-            # Without this a run whose last step is damaged could never end: each attempt would stop at its name.
-            ensure_newest(self._store, self._attempt)
-            self._store.delete([key])
-            self._store.create(key, data)
-
-    def _standing_is_whole(self, step: int) -> bool:
-        """Whether a checkpoint committed before verifies to the last byte: then it is as good, and stays."""
-        try:
-            standing, _ = read_manifest(self._store, self._attempt.run_id, step)
-            CheckpointReader(self._store, self._attempt.run_id, standing).check_all()
-        except (IntegrityError, NotFound) as e:
-            logger.warning("The checkpoint of step %d is damaged and gives way to a new one: %s", step, e)
-            return False
-        return True
-
-    def _await_ranks(self, folder: str) -> list[dict[str, Any]]:
-        """What each rank published, in rank order.
-
-        Raises:
-            StoreError: some ranks failed, or did not finish in time; it names them.
-        """
-        wanted = {f"{folder}{self._rank_name(rank)}.json": rank for rank in range(self._world_size)}
-        deadline = time.monotonic() + COMMIT_TIMEOUT_S
-        while True:
-            there = {item.key for item in self._store.list(f"{folder}{self._group}/")}
-            missing = [rank for key, rank in wanted.items() if key not in there]
-            if not missing:
-                return [self._store.get_json(key) for key in wanted]
-            failed = [rank for rank in missing if f"{folder}{self._rank_name(rank)}.failed.json" in there]
-            if failed:
-                raise StoreError(
-                    f"{self._store.uri_of(folder)}: ranks {failed} could not upload their part; "
-                    "the checkpoint is not committed."
-                )
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"{self._store.uri_of(folder)}: ranks {missing} did not finish uploading "
-                    f"within {COMMIT_TIMEOUT_S:.0f} s; the checkpoint is not committed."
-                )
-            time.sleep(_POLL_S)
+            if not self.counts.committed:
+                abort_unfinished_uploads(self._store, self._group)
+            retire(self._store, self._group, keep=self._keep, just_committed=folder)
+        except Exception as e:  # whatever it is, the checkpoint is committed
+            logger.warning("Step %d is committed, but what it makes superfluous was not deleted: %s", folder.step, e)
 
 
-class _FileImage:
-    """A safetensors file in host memory whose layout never changes between saves."""
-
-    def __init__(self, fragments: list[OwnedFragment], buffers: dict[str, Tensor]) -> None:
-        self._fragments = fragments
-        tensors = [
-            *((f"{kind}/{f.parameter}", f.tensors[kind]) for f in fragments for kind in KINDS),
-            *((f"buffer/{name}", tensor) for name, tensor in buffers.items()),
-        ]
-        # Wide elements first, as safetensors itself does, so that each tensor is aligned to its own.
-        self._tensors = sorted(tensors, key=lambda item: -item[1].element_size())
-        header, self._offsets, self._shapes = {}, {}, {}
-        position = 0
-        for name, tensor in self._tensors:
-            size = tensor.numel() * tensor.element_size()
-            dtype, shape = safetensors_dtype(tensor.dtype), list(tensor.shape)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
-            self._shapes[name] = (dtype, shape, size)
-            self._offsets[name] = position
-            position += size
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._data_start = 8 + len(encoded)
-        self.size_bytes = self._data_start + position
-        self._bytes = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        head = struct.pack("<Q", len(encoded)) + encoded
-        self._bytes[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-
-    def snapshot(self) -> None:
-        """Copy every tensor's present value into the buffer."""
-        for name, tensor in self._tensors:
-            start = self._data_start + self._offsets[name]
-            size = tensor.numel() * tensor.element_size()
-            if size:
-                target = self._bytes[start : start + size].view(tensor.dtype).view(tensor.shape)
-                target.copy_(tensor.detach(), non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    def file_bytes(self) -> memoryview:
-        return memoryview(self._bytes.numpy())
-
-    def describe(self) -> dict[str, Any]:
-        """Where each fragment and buffer lies in the file, for the manifest."""
-        return {
-            "fragments": [
-                {
-                    "parameter": f.parameter,
-                    "start": f.start,
-                    "length": f.length,
-                    "offsets": {k: self._data_start + self._offsets[f"{k}/{f.parameter}"] for k in KINDS},
-                }
-                for f in self._fragments
-            ],
-            "buffers": {
-                name.removeprefix("buffer/"): {
-                    "dtype": dtype,
-                    "shape": shape,
-                    "size_bytes": size,
-                    "offset": self._data_start + self._offsets[name],
-                }
-                for name, (dtype, shape, size) in self._shapes.items()
-                if name.startswith("buffer/")
-            },
-        }
+@contextlib.contextmanager
+def writing(writer: CheckpointWriter) -> Iterator[CheckpointWriter]:
+    """Close the writer at the end; where an error is on its way out, without waiting for ranks that may be gone."""
+    try:
+        yield writer
+    except BaseException:
+        writer.close(abandon=True)
+        raise
+    writer.close()
 
 
-def assemble(
-    published: list[dict[str, Any]],
-    *,
-    shapes: dict[str, tuple[int, ...]],
-    attempt: Attempt,
-    nonce: str,
-    scalars: State,
-) -> Manifest:
-    """The manifest of what all ranks published, checked for holes. Pure but for the time that it carries."""
-    fragments: dict[str, list[Fragment]] = {name: [] for name in shapes}
-    buffers: dict[str, Buffer] = {}
-    for rank, part in enumerate(published):
-        for f in part["fragments"]:
-            fragments[f["parameter"]].append(
-                Fragment(file=rank, start=f["start"], length=f["length"], offsets=f["offsets"])
-            )
-        for name, b in part["buffers"].items():
-            buffers[name] = Buffer(file=rank, **b)
-    return Manifest(
-        run_id=attempt.run_id,
-        attempt=attempt.number,
-        nonce=nonce,
-        world_size=len(published),
-        created_s=time.time(),
-        state=scalars,
-        files=tuple(RankFile.model_validate(part["file"]) for part in published),
-        parameters={
-            name: Parameter(shape=shapes[name], fragments=tuple(sorted(found, key=lambda f: f.start)))
-            for name, found in fragments.items()
-        },
-        buffers=buffers,
-    )
+def _parts(state: ZeroState, *, rank: int, world_size: int) -> tuple[list[OwnedFragment], list[OwnedFragment]]:
+    """What this rank writes, trained and frozen: its partition, or an equal share of what every rank holds."""
+    fragments, frozen = state.fragments(), state.frozen()
+    if state.is_replicated:
+        fragments = share(fragments, rank=rank, world_size=world_size)
+    if state.frozen_is_replicated:
+        frozen = share(frozen, rank=rank, world_size=world_size)
+    return fragments, frozen
 
 
-def remove_old(store: Store, attempt: Attempt, *, keep: int, just_committed: int) -> None:
-    """Keep the ``keep`` newest committed checkpoints of the run, and the one just committed.
-
-    What goes: older committed ones (manifest first, so that none is ever half there), and what this attempt and
-    earlier ones left uncommitted before the step just committed. What newer attempts write is left alone, and so is
-    what comes after that step: other ranks may be at the next save already.
-    """
-    root = layout.checkpoints(attempt.run_id)
-    by_step: dict[int, list[str]] = {}
-    for item in store.list(root):
-        name = item.key.removeprefix(root).split("/", 1)[0]
-        if name.startswith("step-") and name[5:].isdigit():
-            by_step.setdefault(int(name[5:]), []).append(item.key)
-    manifests = {step for step, keys in by_step.items() if layout.checkpoint_manifest(attempt.run_id, step) in keys}
-    kept = {*sorted(manifests)[-keep:], just_committed}
-    for step, keys in by_step.items():
-        if step in kept or step > just_committed:
-            continue
-        if step in manifests:
-            store.delete([layout.checkpoint_manifest(attempt.run_id, step)])
-        store.delete(key for key in keys if not _is_newer(key, attempt))
+def _folder(group: WorkerGroup, step: int) -> Folder:
+    return Folder(run_id=group.run_id, step=step, attempt=group.attempt.number, group=group.number, nonce=group.nonce)
 
 
-def _is_newer(key: str, attempt: Attempt) -> bool:
-    """Whether a newer attempt wrote this object, by the folder ``<attempt>-<nonce>/`` that it lies in."""
-    number = key.rsplit("/", 2)[-2].split("-")[0]
-    return number.isdigit() and int(number) > attempt.number
+def paced(pieces: Iterable[memoryview], *, over_s: float, total: int, hurry: threading.Event) -> Iterator[memoryview]:
+    """Pieces of ``total`` bytes, evenly over ``over_s`` seconds; at once from the moment that ``hurry`` is set."""
+    started, sent = time.monotonic(), 0
+    for piece in pieces:
+        hurry.wait(max(0.0, over_s * sent / total - (time.monotonic() - started)))
+        yield piece
+        sent += len(piece)
 
 
-def _share(fragments: list[OwnedFragment], state: ZeroState, *, rank: int, world_size: int) -> list[OwnedFragment]:
-    """What this rank writes. Where every rank holds everything, each writes an equal run of every parameter."""
-    if not state.is_replicated:
-        return fragments
-    shared = []
-    for f in fragments:
-        size = -(-f.length // world_size)
-        start = min(rank * size, f.length)
-        length = min(size, f.length - start)
-        if length > 0:
-            tensors = {kind: tensor.narrow(0, start, length) for kind, tensor in f.tensors.items()}
-            shared.append(OwnedFragment(parameter=f.parameter, start=start, length=length, tensors=tensors))
-    return shared
+def _pieces(data: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(data), _PIECE_BYTES):
+        yield data[start : start + _PIECE_BYTES]
+
+
+def _run_behind() -> None:
+    """Let this thread, and those that it starts, take only the time that training leaves. Linux, thread by thread."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)

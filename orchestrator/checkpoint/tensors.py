@@ -23,3 +23,8 @@ def safetensors_dtype(dtype: torch.dtype) -> str:
         torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
         torch.bool: "BOOL",
     }[dtype]  # fmt: skip
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, as single bytes. Writing to it changes the tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

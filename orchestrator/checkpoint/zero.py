@@ -1,45 +1,37 @@
-"""The one adapter to DeepSpeed's optimizers: where the fp32 masters and moments of each parameter lie.
+"""The one adapter to DeepSpeed's optimizers: what a rank holds of an engine's state, as views that save and resume use.
 
 DeepSpeed's public ``safe_*`` functions do not suffice: they know no ZeRO-0, need a first step before there is any
-optimizer state, gather whole parameters, and leave the low-precision copies stale after a change. So this module
-reads private attributes; the table below names all of them, and the tests pin them to the tested version.
-
-===================================  ==================================================================
-class                                attributes used
-===================================  ==================================================================
-DeepSpeedZeroOptimizer_Stage3        grad_position, get_param_id, fp32_partitioned_groups_flat, optimizer,
-                                     fp16_groups, _partition_all_parameters,
-                                     _reassign_or_swap_out_partitioned_parameters, persistent_parameters
-DeepSpeedZeroOptimizer (1 and 2)     single_partition_of_fp32_groups, bit16_groups, optimizer,
-                                     update_lp_params; of a parameter: _hp_mapping
-BF16_Optimizer                       fp32_groups_flat_partition, bf16_groups, optimizer, update_lp_params;
-                                     of a parameter: _hp_mapping
-torch.optim.Optimizer (ZeRO-0, fp32) state, param_groups
-===================================  ==================================================================
-
-Tested with deepspeed 0.19.8.
+optimizer state, gather whole parameters, and leave the low-precision copies stale after a change. Which private
+attributes are read instead stands in :mod:`orchestrator.checkpoint.optimizers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.checkpoint.optimizers import Copies, Family, Partitions, Plain, Stage3, full_numel, full_shape
 from orchestrator.errors import RunError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+LossScale = dict[str, float | int | bool]
+"""Numbers by name, as JSON holds them."""
+
+_LOSS_SCALER_FIELDS = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnedFragment:
-    """A run of elements of one flattened parameter whose state this rank holds.
+    """A run of elements of one flattened parameter that this rank holds.
 
-    ``tensors`` maps fp32, exp_avg and exp_avg_sq to 1-D fp32 views of ``length`` elements into the optimizer's
-    own memory: reading them snapshots it, writing them changes it.
+    ``tensors`` are 1-D views of ``length`` elements into the memory that trains: reading them snapshots it,
+    writing them changes it. A trainable parameter has fp32, exp_avg and exp_avg_sq, all fp32; a frozen one has
+    frozen, in the model's own dtype.
     """
 
     parameter: str
@@ -49,53 +41,76 @@ class OwnedFragment:
 
 
 class ZeroState:
-    """One engine's master weights and moments, as fragments."""
+    """One engine's weights, moments and loss scale, wherever DeepSpeed keeps them.
+
+    Raises:
+        RunError: DeepSpeed's optimizer is of a class that is not known here, or not Adam with its state in fp32.
+    """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
+        # A tied parameter comes once, under its first name.
         self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        self._kind = _kind_of(engine.optimizer)
+        self._family = _family_of(engine.optimizer)
+        self._base = self._family.base
+        self._require_adam()
+        self._require_all_trainable()
+        self._family.prepare()
         self._create_moments()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of every trainable parameter, whatever this rank holds of it."""
-        return {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for parameter, name in self._names.items()
-            if parameter.requires_grad
-        }
+        return {name: full_shape(p) for p, name in self._names.items() if p.requires_grad}
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and full shape of every frozen parameter, whatever this rank holds of it."""
+        return {name: (p.dtype, full_shape(p)) for p, name in self._names.items() if not p.requires_grad}
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every rank holds everything (ZeRO-0), so that a save divides the writing."""
-        return self._kind == "torch"
+        """Whether every rank holds all masters and moments (ZeRO-0), so that a save divides the writing."""
+        return self._family.is_replicated
+
+    @property
+    def frozen_is_replicated(self) -> bool:
+        """Whether every rank holds all frozen parameters (all but ZeRO-3)."""
+        return self._family.weights_are_whole
 
     def fragments(self) -> list[OwnedFragment]:
-        """What this rank holds, in a fixed order."""
+        """What this rank holds of the trainable parameters, in a fixed order."""
         return [
             OwnedFragment(
-                parameter=name,
-                start=start,
-                length=length,
+                parameter=self._names[place.parameter],
+                start=place.start,
+                length=place.length,
                 tensors={
-                    "fp32": flat.detach().view(-1).narrow(0, offset, length),
-                    **{k: self._moment(flat, k).view(-1).narrow(0, offset, length) for k in MOMENTS},
+                    "fp32": place.cut(place.master),
+                    **{kind: place.cut(self._base.state[place.master][kind]) for kind in MOMENTS},
                 },
             )
-            for name, flat, offset, start, length in self._locate()
-            if length > 0
+            for place in self._family.places()
+            if place.length > 0
+        ]
+
+    def frozen(self) -> list[OwnedFragment]:
+        """What this rank holds of the parameters that do not train, in a fixed order."""
+        parts = [(name, *self._family.weights(p)) for p, name in self._names.items() if not p.requires_grad]
+        return [
+            OwnedFragment(parameter=name, start=start, length=flat.numel(), tensors={"frozen": flat})
+            for name, start, flat in parts
+            if flat.numel() > 0
         ]
 
     @property
     def optimizer_step(self) -> int:
         """Adam's own count of steps, which its bias correction needs."""
-        return max((int(self._base.state[flat]["step"]) for flat in self._flat_tensors()), default=0)
+        return max((int(self._base.state[master]["step"]) for master in self._family.masters()), default=0)
 
     @optimizer_step.setter
     def optimizer_step(self, value: int) -> None:
-        for flat in self._flat_tensors():
-            state = self._base.state[flat]
+        for master in self._family.masters():
+            state = self._base.state[master]
             if torch.is_tensor(state["step"]):
                 state["step"].fill_(float(value))
             else:
@@ -104,62 +119,54 @@ class ZeroState:
             if "step" in group:
                 group["step"] = value
 
-    def refresh(self) -> None:
-        """Bring the low-precision and gathered copies up to the masters. Collective: all ranks call it."""
-        optimizer = self._engine.optimizer
-        if self._kind == "stage3":
-            optimizer._partition_all_parameters()
-            for group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if len(optimizer.persistent_parameters) > 0:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        elif self._kind in ("stage12", "bf16"):
-            optimizer.update_lp_params()
-
-    # -- where things are
-
     @property
-    def _base(self) -> Any:
-        """The torch optimizer that DeepSpeed wraps."""
-        return self._engine.optimizer if self._kind == "torch" else self._engine.optimizer.optimizer
+    def loss_scaler(self) -> LossScale | None:
+        """Where dynamic loss scaling stands (fp16), None where there is none.
 
-    def _flat_tensors(self) -> list[Tensor]:
-        """The tensors that the wrapped optimizer steps, whose state is Adam's."""
-        optimizer = self._engine.optimizer
-        if self._kind == "stage3":
-            return list(optimizer.fp32_partitioned_groups_flat)
-        if self._kind == "stage12":
-            return list(optimizer.single_partition_of_fp32_groups)
-        if self._kind == "bf16":
-            return list(optimizer.fp32_groups_flat_partition)
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        Hysteresis is known at ZeRO-1, 2 and 3 only. Limits and windows are settings, not state.
+        """
+        scaler = self._family.scaler
+        if scaler is None:
+            return None
+        return {
+            name: kind(getattr(scaler, name)) for name, kind in _LOSS_SCALER_FIELDS.items() if hasattr(scaler, name)
+        }
 
-    def _locate(self) -> Iterator[tuple[str, Tensor, int, int, int]]:
-        """(parameter, flat tensor, offset in it, start in the flattened parameter, length)."""
-        optimizer = self._engine.optimizer
-        if self._kind == "torch":
-            for flat in self._flat_tensors():
-                yield self._names[flat], flat, 0, 0, flat.numel()
-        elif self._kind == "stage3":
-            rank = torch.distributed.get_rank()
-            for group in optimizer.fp16_groups:
-                for parameter in group:
-                    index, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                    flat, start = optimizer.fp32_partitioned_groups_flat[index], rank * int(size)
-                    length = max(0, min(int(size), parameter.ds_numel - start))
-                    yield self._names[parameter], flat, int(offset), start, length
-        else:
-            groups = optimizer.bit16_groups if self._kind == "stage12" else optimizer.bf16_groups
-            for flat, group in zip(self._flat_tensors(), groups, strict=True):
-                for parameter in group:
-                    mapping = parameter._hp_mapping
-                    if mapping is not None:
-                        hp, lp = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-                        yield self._names[parameter], flat, int(hp.start), int(lp.start), int(hp.numel)
+    @loss_scaler.setter
+    def loss_scaler(self, value: LossScale | None) -> None:
+        scaler = self._family.scaler
+        if scaler is None or value is None:
+            return
+        for name, kind in _LOSS_SCALER_FIELDS.items():
+            if name in value and hasattr(scaler, name):
+                setattr(scaler, name, kind(value[name]))
 
-    def _moment(self, flat: Tensor, kind: str) -> Tensor:
-        moment: Tensor = self._base.state[flat][kind]
-        return moment
+    def refresh(self) -> None:
+        """Bring the low-precision and gathered copies up to what was written. Collective: all ranks call it."""
+        with torch.no_grad():
+            self._family.refresh()
+
+    def _require_adam(self) -> None:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+        if not isinstance(self._base, (torch.optim.Adam, FusedAdam, DeepSpeedCPUAdam)):
+            raise RunError(f"Checkpoints hold Adam's state; {type(self._base).__name__} keeps another.")
+        if any(group.get("amsgrad") for group in self._base.param_groups):
+            raise RunError("Checkpoints do not hold amsgrad's third moment.", next_step="Set amsgrad to false.")
+        if any(master.dtype != torch.float32 for master in self._family.masters()):
+            raise RunError(
+                "Checkpoints hold fp32 master weights; this engine keeps them in a lower precision.",
+                next_step="Remove fp16_master_weights_and_grads or bf16_master_weights_and_grads from its config.",
+            )
+
+    def _require_all_trainable(self) -> None:
+        known = set(chain(*self._family.groups))
+        left_out = [name for p, name in self._names.items() if p.requires_grad and p not in known and full_numel(p) > 0]
+        if left_out:
+            raise RunError(
+                f"{left_out[0]} is trainable, and not among the optimizer's parameters.",
+                next_step="Give it to the optimizer, or freeze it with requires_grad_(False).",
+            )
 
     def _create_moments(self) -> None:
         """Create Adam's state where it does not exist yet, as zeros and without a step.
@@ -168,29 +175,36 @@ class ZeroState:
         weights and counters.
         """
         counts_in_tensors = isinstance(self._base, torch.optim.Adam)  # DeepSpeed's own optimizers count in ints
-        for flat in self._flat_tensors():
-            state = self._base.state[flat]
+        for master in self._family.masters():
+            state = self._base.state[master]
             for kind in MOMENTS:
                 if kind not in state:
-                    state[kind] = torch.zeros_like(flat, requires_grad=False)
+                    state[kind] = torch.zeros_like(master, requires_grad=False)
             if "step" not in state:
                 state["step"] = torch.tensor(0.0) if counts_in_tensors else 0
 
 
-def _kind_of(optimizer: Any) -> str:
+def _family_of(optimizer: Any) -> Family:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    for kind, cls in (
-        ("stage3", DeepSpeedZeroOptimizer_Stage3),
-        ("stage12", DeepSpeedZeroOptimizer),
-        ("bf16", BF16_Optimizer),
-        ("torch", torch.optim.Optimizer),
-    ):
-        if isinstance(optimizer, cls):
-            return kind
-    raise RunError(
-        f"Checkpoints of DeepSpeed's {type(optimizer).__name__} are not supported.",
-        next_step="Set train.zero.stage to 1, 2 or 3, or train.precision to fp32 or bf16.",
-    )
+    # Exact classes: what derives from them (SuperOffload, ZenFlow) keeps its state elsewhere.
+    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        if optimizer.swap_optimizer or (optimizer.offload_optimizer and optimizer.partial_offload < 1):
+            raise RunError(
+                "Checkpoints of optimizer state on NVMe, or offloaded in part, are not supported.",
+                next_step="Set offload_optimizer to device cpu with ratio 1.",
+            )
+        return Stage3(optimizer)
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        return Partitions(optimizer, masters="single_partition_of_fp32_groups", groups="bit16_groups")
+    if type(optimizer) is BF16_Optimizer:
+        return Partitions(optimizer, masters="fp32_groups_flat_partition", groups="bf16_groups")
+    if type(optimizer) in (FP16_Optimizer, FP16_UnfusedOptimizer):
+        return Copies(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return Plain(optimizer)
+    raise RunError(f"Checkpoints of DeepSpeed's {type(optimizer).__name__} are not supported.")

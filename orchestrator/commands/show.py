@@ -7,10 +7,12 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from orchestrator.checkpoint.catalog import committed_steps, read_manifest
+from orchestrator.checkpoint.catalog import Folder, committed, committed_steps, manifests
+from orchestrator.checkpoint.format import Manifest
+from orchestrator.checkpoint.reader import CheckpointReader
 from orchestrator.commands.context import find_store, find_target
 from orchestrator.dataset.format import read_manifest as read_dataset
-from orchestrator.errors import HeadwayError, NotFound, UsageError
+from orchestrator.errors import HeadwayError, IntegrityError, NotFound, UsageError
 from orchestrator.record import EventReader
 from orchestrator.release import channels
 from orchestrator.release.outcome import read_outcome
@@ -28,7 +30,7 @@ def list_things(what: str, run_id: str | None, *, store_uri: str | None) -> Resu
         "runs": _runs,
         "models": _models,
         "datasets": _datasets,
-        "checkpoints": lambda store: _checkpoints(store, resolve_run(store, run_id or "")),
+        "checkpoints": lambda store: _checkpoints(store, resolve_checkpoints(store, run_id or "")),
     }
     if what not in known:
         raise UsageError(f"There is no list of {what!r}.", next_step=f"Choose one of {', '.join(known)}.")
@@ -42,7 +44,7 @@ def show(name: str, *, store_uri: str | None) -> Result:
     store = find_store(store_uri)
     model, _, number = name.partition("@")
     if number:
-        if not number.isdigit():
+        if not (number.isascii() and number.isdigit()):
             raise UsageError(f"{name!r} is not MODEL@NUMBER.", next_step=f"See: headway show {model}")
         try:
             facts = read_version(store, model, int(number)).model_dump(mode="json")
@@ -87,6 +89,11 @@ def resolve_run(store: Store, name: str) -> str:
     if not found:
         raise UsageError(f"There is no run {name!r} in {store.uri}.", next_step="See: headway list runs")
     return max(found, key=lambda run: _started_s(store, run))
+
+
+def resolve_checkpoints(store: Store, name: str) -> str:
+    """As :func:`resolve_run`, for a loop of one's own too, which has checkpoints and no run file."""
+    return name if committed(store, name) else resolve_run(store, name)
 
 
 def _started_s(store: Store, run_id: str) -> float:
@@ -173,19 +180,25 @@ def _datasets(store: Store) -> Rows:
 
 
 def _checkpoints(store: Store, run_id: str) -> Rows:
-    rows = []
-    for step in committed_steps(store, run_id):
-        manifest, _ = read_manifest(store, run_id, step)
-        rows.append(
-            {
-                "step": step,
-                "size_bytes": manifest.size_bytes,
-                "workers": manifest.world_size,
-                "attempt": manifest.attempt,
-                "age_s": round(time.time() - manifest.created_s),
-            }
-        )
-    return rows
+    return [_checkpoint(store, folder, found) for folder, found in manifests(store, run_id)]
+
+
+def _checkpoint(store: Store, folder: Folder, found: Manifest | IntegrityError) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": folder.step, "attempt": folder.attempt}
+    if isinstance(found, IntegrityError):
+        return {**row, "size_bytes": None, "world_size": None, "verified": f"damaged: {found.message}", "age_s": None}
+    try:
+        CheckpointReader(store, folder, found).check_indexes()
+        verified = "yes"
+    except (IntegrityError, NotFound) as e:
+        verified = f"damaged: {e.message}"
+    return {
+        **row,
+        "size_bytes": found.size_bytes,
+        "world_size": found.world_size,
+        "verified": verified,
+        "age_s": round(time.time() - found.created_s),
+    }
 
 
 def _model(store: Store, model: str) -> dict[str, Any]:

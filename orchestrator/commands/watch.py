@@ -199,6 +199,11 @@ class _Bar:
             self._step(event)
         elif kind == "checkpoint_failed":
             self._print(f"checkpoint of step {event['step']} was not saved: {event['error']}")
+        elif kind == "hang":
+            ranks = ", ".join(map(str, event["ranks"]))
+            self._print(f"hung: rank {ranks} in step {event['step']} ({event['phase']}); the group is restarted")
+        elif kind == "preemption":
+            self._print(f"a node is about to be taken away, a checkpoint is made: {', '.join(event['nodes'])}")
         elif kind == "stopping":
             self._print(f"stopping: {event['reason']}")
 

@@ -22,6 +22,8 @@ Event = dict[str, Any]
 """``{"time_s", "kind", "attempt", …}``; kinds are listed in docs/concepts.md."""
 
 MIN_FLUSH_S, MAX_FLUSH_S = 2.0, 10.0
+CLOSE_S = 60.0
+"""How long closing waits for a request under way: a server that restarts is waited for, a silent one is not."""
 _SEGMENT = re.compile(r"(?P<attempt>\d+)-[0-9a-f]+/(?P<writer>[a-z0-9-]+)-\d+\.jsonl")
 
 
@@ -73,7 +75,10 @@ class EventLog:
     def close(self) -> None:
         """Write out the rest and end the thread."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            logger.warning("The last events of %s may be lost: the store does not answer.", self._attempt.run_id)
+            return
         try:
             self.flush()
         except HeadwayError as e:

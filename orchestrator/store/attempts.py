@@ -7,6 +7,7 @@ never touch what a newer attempt wrote.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from orchestrator.store import layout
 from orchestrator.store.s3 import Store
 
 _NUMBERED = r"(\d+)\.json"
+_GROUP = r"\.group-(\d+)\.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,19 @@ class Attempt:
         return f"{layout.number(self.number)}-{self.nonce}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerGroup:
+    """The claim of one group of workers within an attempt: each restart of the group is a new one."""
+
+    attempt: Attempt
+    number: int
+    nonce: str
+
+    @property
+    def run_id(self) -> str:
+        return self.attempt.run_id
+
+
 def claim_attempt(store: Store, run_id: str, *, facts: dict[str, Any]) -> Attempt:
     """Claim the next number, which fences every older attempt. ``facts`` (host, job, …) are for people."""
     nonce = secrets.token_hex(4)
@@ -41,10 +56,27 @@ def claim_attempt(store: Store, run_id: str, *, facts: dict[str, Any]) -> Attemp
     return Attempt(run_id=run_id, number=claimed, nonce=nonce)
 
 
+def claim_group(store: Store, attempt: Attempt) -> WorkerGroup:
+    """Claim the attempt's next group number, which fences its older groups: a worker of one may outlive it.
+
+    Raises:
+        Fenced: a newer attempt exists.
+    """
+    ensure_newest(store, attempt)
+    nonce = secrets.token_hex(4)
+    value = {"nonce": nonce, "claimed_s": time.time()}
+    names = _names(store, attempt.run_id)
+    claimed = store.create_numbered(
+        _newest_group(names, attempt),
+        lambda number: layout.worker_group(attempt.run_id, attempt.number, number),
+        value,
+    )
+    return WorkerGroup(attempt=attempt, number=claimed, nonce=nonce)
+
+
 def newest_attempt(store: Store, run_id: str) -> int:
     """The highest attempt number, or 0 where there is none."""
-    keys = [item.key for item in store.list(layout.attempts(run_id))]
-    return layout.last_number(keys, _NUMBERED)
+    return layout.last_number(_names(store, run_id), _NUMBERED)
 
 
 def read_attempt(store: Store, run_id: str, number: int) -> dict[str, Any]:
@@ -63,6 +95,35 @@ def ensure_newest(store: Store, attempt: Attempt) -> None:
         raise Fenced(f"Attempt {attempt.number} of {attempt.run_id} is fenced: attempt {newest} has taken over.")
 
 
+def ensure_newest_group(store: Store, group: WorkerGroup) -> None:
+    """Call before every commit of what workers wrote.
+
+    Raises:
+        Fenced: a newer attempt exists, or a newer group of the same one.
+    """
+    reason = _fenced_by(_names(store, group.run_id), group)
+    if reason:
+        group_of = "" if reason.startswith("attempt") else f" (group {group.number})"
+        raise Fenced(f"Attempt {group.attempt.number}{group_of} of {group.run_id} is fenced: {reason} has taken over.")
+
+
+def _fenced_by(names: list[str], group: WorkerGroup) -> str | None:
+    """What has taken over from this group, if anything has. Pure."""
+    attempt = layout.last_number(names, _NUMBERED)
+    if attempt != group.attempt.number:
+        return f"attempt {attempt}"
+    newest = _newest_group(names, group.attempt)
+    return f"group {newest}" if newest != group.number else None
+
+
+def _newest_group(names: list[str], attempt: Attempt) -> int:
+    return layout.last_number(names, re.escape(layout.number(attempt.number)) + _GROUP)
+
+
+def _names(store: Store, run_id: str) -> list[str]:
+    return [item.key for item in store.list(layout.attempts(run_id))]
+
+
 def request_stop(store: Store, run_id: str, number: int, *, reason: str) -> None:
     """Ask an attempt to save and end. Asking twice is the same as asking once."""
     try:
@@ -71,13 +132,15 @@ def request_stop(store: Store, run_id: str, number: int, *, reason: str) -> None
         return
 
 
-def stop_reason(store: Store, attempt: Attempt) -> str | None:
-    """Why this attempt is to stop: it was asked to, or a newer one has taken over. None to go on."""
-    names = {item.key.rsplit("/", 1)[-1] for item in store.list(layout.attempts(attempt.run_id))}
-    newest = layout.last_number(list(names), _NUMBERED)
+def stop_reason(store: Store, attempt: Attempt, group: WorkerGroup | None = None) -> str | None:
+    """Why this attempt, or this group of it, is to stop: it was asked to, or a newer one has taken over; else None."""
+    names = _names(store, attempt.run_id)
+    newest = layout.last_number(names, _NUMBERED)
     if newest != attempt.number:
         return f"attempt {newest} has taken over"
-    if f"{layout.number(attempt.number)}.stop.json" not in names:
+    if group is not None and (reason := _fenced_by(names, group)):
+        return f"{reason} has taken over"
+    if layout.stop_request(attempt.run_id, attempt.number) not in names:
         return None
     try:
         return str(store.get_json(layout.stop_request(attempt.run_id, attempt.number))["reason"])

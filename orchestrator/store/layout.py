@@ -52,6 +52,10 @@ def attempt(run_id: str, value: int) -> str:
     return f"{attempts(run_id)}{number(value)}.json"
 
 
+def worker_group(run_id: str, attempt: int, value: int) -> str:
+    return f"{attempts(run_id)}{number(attempt)}.group-{number(value)}.json"
+
+
 def stop_request(run_id: str, value: int) -> str:
     return f"{attempts(run_id)}{number(value)}.stop.json"
 
@@ -72,8 +76,8 @@ def checkpoint(run_id: str, step: int) -> str:
     return f"{checkpoints(run_id)}step-{step:08d}/"
 
 
-def checkpoint_manifest(run_id: str, step: int) -> str:
-    return f"{checkpoint(run_id, step)}manifest.json"
+def checkpoint_pins(run_id: str, step: int) -> str:
+    return f"{checkpoint(run_id, step)}pins/"
 
 
 def export(run_id: str) -> str:

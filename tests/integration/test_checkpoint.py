@@ -15,8 +15,9 @@ import pytest
 import torch
 import transformers
 
-from orchestrator.checkpoint.catalog import committed_steps, read_manifest
-from orchestrator.checkpoint.resume import CheckpointReader, pieces_of
+from orchestrator.checkpoint.catalog import committed_steps, find, read_manifest
+from orchestrator.checkpoint.reader import CheckpointReader, pieces_of
+from orchestrator.checkpoint.tensors import byte_view
 from orchestrator.record import EventReader
 from orchestrator.release.versions import download_files
 from orchestrator.store import ObjectInfo, Store, layout
@@ -31,6 +32,7 @@ from tests.integration.training import (
     run_training,
 )
 from workloads.export import export
+from workloads.export_file import one_by_one
 from workloads.tasks import task_of
 
 TASKS = "tests.integration.training"
@@ -60,11 +62,13 @@ def trained(
 
 def weights(store: Store, run_id: str, step: int) -> dict[str, torch.Tensor]:
     """All master weights of a committed checkpoint."""
-    manifest, _ = read_manifest(store, run_id, step)
-    reader = CheckpointReader(store, run_id, manifest)
+    folder = find(store, run_id, step)
+    manifest, _ = read_manifest(store, folder)
+    reader = CheckpointReader(store, folder, manifest)
     found = {name: torch.empty(parameter.numel) for name, parameter in manifest.parameters.items()}
-    for name, target in found.items():
-        reader.read(list(pieces_of(manifest, name, "fp32", 0, target)))
+    reader.read(
+        piece for name, target in found.items() for piece in pieces_of(manifest, name, "fp32", 0, byte_view(target))
+    )
     return found
 
 
@@ -103,7 +107,7 @@ LEGS = list(
         strict=True,
     )
 )
-LEG_STEPS = 3
+LEG_STEPS = 20
 
 
 def test_the_walk_covers_every_change() -> None:
@@ -123,7 +127,7 @@ def test_any_stage_and_size_resumes_at_any_other(store: Store, groups: Groups) -
             groups, store, "walk", size=size, stage=stage, every_steps=LEG_STEPS, total_steps=total_steps,
             break_at=first + LEG_STEPS + 1,
         )  # fmt: skip
-        assert list(ranks[0].losses) == [first + 1, first + 2, first + 3, first + 4]
+        assert list(ranks[0].losses) == list(range(first + 1, first + LEG_STEPS + 2))
         assert relative_difference(ranks[0].losses, expected) <= 1e-3, f"leg {leg}: ZeRO-{stage} on {size} ranks"
         assert all(rank.losses == ranks[0].losses for rank in ranks)
 
@@ -144,7 +148,7 @@ def test_the_export_gives_the_engines_logits(store: Store, groups: Groups, tmp_p
     spec = make_spec(task=f"{TASKS}:KeptModel", tied=tied)
     job, attempt = make_job(store, spec, "exported", total_steps=6)
     ranks = [answer.value for answer in groups.of(2).run(run_training, job, NEVER, NEVER)]
-    exported = export(spec, store, attempt, task_of(spec, dataset), dataset, step=6)
+    exported = export(spec, store, attempt, task_of(spec, dataset), dataset, step=6, write_all=one_by_one)
     directory = tmp_path / "model"
     download_files(store, exported.prefix, exported.files, directory)
 
@@ -162,12 +166,28 @@ def test_the_export_gives_the_engines_logits(store: Store, groups: Groups, tmp_p
     assert tokenizer.decode(tokenizer("def x")["input_ids"]) == "def x"
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_starts_from_another_ones_weights(store: Store, groups: Groups, stage: int) -> None:
+    make_dataset(store)
+    source = "source-0123abcd"
+    trained(groups, store, source, size=2, stage=1, total_steps=24)
+    fresh = trained(groups, store, "fresh", size=2, stage=stage, total_steps=4)[0].losses
+    again = trained(groups, store, source, size=2, stage=1, total_steps=28)[0].losses
+    warm = trained(groups, store, "warm", size=2, stage=stage, total_steps=4, init_from=f"{source}@24")[0].losses
+    assert list(warm) == [1, 2, 3, 4]
+    assert warm[1] < 0.8 * fresh[1]
+    assert abs(warm[1] - again[25]) < 0.2  # other samples, the same weights
+    folder = find(store, "warm", 4)
+    assert read_manifest(store, folder)[0].state.optimizer_step == 4
+    assert not list(store.list(layout.checkpoint_pins(source, 24)))
+
+
 def test_a_damaged_block_means_the_checkpoint_before(store: Store, groups: Groups) -> None:
     make_dataset(store)
     unbroken = trained(groups, store, "hurt", size=2, total_steps=12, break_at=10)[0].losses
     assert committed_steps(store, "hurt") == [8, 4]
-    manifest, _ = read_manifest(store, "hurt", 8)
-    key = layout.checkpoint("hurt", 8) + manifest.files[1].key
+    folder = find(store, "hurt", 8)
+    key = folder.prefix + read_manifest(store, folder)[0].files[1].key
     data = bytearray(store.get(key))
     data[70_000] ^= 1
     store.upload(key, bytes(data))
@@ -190,8 +210,8 @@ def test_a_damaged_block_means_the_checkpoint_before(store: Store, groups: Group
 def test_nothing_is_trained_over_checkpoints_that_are_all_damaged(store: Store, groups: Groups) -> None:
     make_dataset(store)
     trained(groups, store, "hurt", size=2, total_steps=12, break_at=6)
-    manifest, _ = read_manifest(store, "hurt", 4)
-    key = layout.checkpoint("hurt", 4) + manifest.files[0].key
+    folder = find(store, "hurt", 4)
+    key = folder.prefix + read_manifest(store, folder)[0].files[0].key
     data = bytearray(store.get(key))
     data[-1] ^= 1
     store.upload(key, bytes(data))

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
+from torch import nn
 
 from orchestrator import cli
-from orchestrator.checkpoint.format import Manifest, State
+from orchestrator.checkpoint.catalog import MANIFEST, Folder, find
+from orchestrator.checkpoint.format import State
+from orchestrator.checkpoint.save import CheckpointWriter
 from orchestrator.dataset.format import DatasetManifest, Shard, Split, Tokenizer
 from orchestrator.errors import Fenced, SpecError
 from orchestrator.record import EventLog
@@ -24,17 +29,20 @@ from orchestrator.release.outcome import Outcome, commit_outcome
 from orchestrator.release.versions import CheckpointSource, DatasetSource, Version, VersionFile, claim_version, publish
 from orchestrator.spec import parse
 from orchestrator.starter import STARTER
-from orchestrator.store import Attempt, Store, claim_attempt, layout
+from orchestrator.store import Attempt, Store, claim_attempt, claim_group, layout
 from orchestrator.store.attempts import end_attempt, ensure_newest, stop_reason
 from orchestrator.targets.ports import is_free
 from orchestrator.targets.seaweedfs import S3Server
 from tests.command_line import Said
 from tests.integration.conftest import BUCKET
+from tests.unit.checkpoint.states import FakeState, random_values
 
 DONE, STOPPED = "tiny-0123abcd", "other-4567abcd"
 FINGERPRINT = "0123456789abcdef"
 SHA256 = hashlib.sha256(b"").hexdigest()
 DOWN_LIMIT_S = 15.0
+SHAPES: dict[str, tuple[int, ...]] = {"w": (7, 5), "bias": (3,)}
+WEIGHTS = random_values(SHAPES)
 NOWHERE = "http://127.0.0.1:1"  # a target: nothing here gets as far as asking it
 
 Cli = Callable[..., Said]
@@ -100,7 +108,7 @@ def put_dataset(store: Store) -> None:
 
 
 def put_attempt(store: Store, run_id: str, *, steps: range, checkpoint: int) -> Attempt:
-    """An attempt that trained ``steps`` and committed one checkpoint of no tensors."""
+    """An attempt that trained ``steps`` and committed one checkpoint."""
     spec = parse({**yaml.safe_load(STARTER), "name": "tiny"})
     if not store.exists(layout.run_spec(run_id)):
         store.create_json(layout.run_spec(run_id), {"spec": spec.model_dump(mode="json"), "run_id": run_id})
@@ -110,27 +118,28 @@ def put_attempt(store: Store, run_id: str, *, steps: range, checkpoint: int) -> 
     for step in steps:
         events.append("step", step=step, loss=5.0 - step / 10)
     events.close()
-    manifest = Manifest(
-        run_id=run_id,
-        attempt=attempt.number,
-        nonce=attempt.nonce,
-        world_size=2,
-        created_s=time.time(),
-        state=State(
-            step=checkpoint,
-            tokens=100,
-            loss=4.0,
-            precision="fp32",
-            optimizer_step=checkpoint,
-            spec_sha256=spec.sha256(),
-            dataset_fingerprint=FINGERPRINT,
-        ),
-        files=(),
-        parameters={},
-        buffers={},
-    )
-    store.create_json(layout.checkpoint_manifest(run_id, checkpoint), manifest.model_dump(mode="json"))
+    put_checkpoint(store, attempt, spec.sha256(), step=checkpoint)
     return attempt
+
+
+def put_checkpoint(store: Store, attempt: Attempt, spec_sha256: str, *, step: int) -> None:
+    """A checkpoint of ``WEIGHTS``, by a group of two workers."""
+    group = claim_group(store, attempt)
+    states = [FakeState(SHAPES, rank=rank, world_size=2) for rank in range(2)]
+    writers = []
+    for rank, state in enumerate(states):
+        state.fill(WEIGHTS)
+        writers.append(
+            CheckpointWriter(store, group, state, nn.Module(), rank=rank, world_size=2, keep=3)  # type: ignore[arg-type]
+        )
+    facts = {"spec_sha256": spec_sha256, "dataset_fingerprint": FINGERPRINT}
+    for writer in writers:
+        writer.save(State(step=step, tokens=100, loss=4.0, precision="fp32", optimizer_step=step, **facts))
+    for writer in writers:
+        saved = writer.wait()
+        writer.close()
+        assert saved is not None
+        assert saved.error is None
 
 
 def put_version(store: Store, attempt: Attempt) -> Version:
@@ -178,7 +187,95 @@ def test_list(run: Cli, filled: Store) -> None:
         "source": "s3://corpus/**",
     }  # fmt: skip
     checkpoints = run("list", "checkpoints", DONE, "--json").assert_done().json["checkpoints"]
-    assert [(each["step"], each["workers"], each["attempt"]) for each in checkpoints] == [(8, 2, 2), (4, 2, 1)]
+    assert [(each["step"], each["world_size"], each["attempt"]) for each in checkpoints] == [(8, 2, 2), (4, 2, 1)]
+    assert [each["verified"] for each in checkpoints] == ["yes", "yes"]
+    assert all(each["size_bytes"] > 0 and each["age_s"] >= 0 for each in checkpoints)
+
+
+def test_a_damaged_checkpoint_is_listed_as_such(run: Cli, filled: Store) -> None:
+    damage(filled, 8, MANIFEST)
+    filled.delete([find(filled, DONE, 4).prefix + "rank-00001.safetensors"])
+    checkpoints = run("list", "checkpoints", DONE, "--json").assert_done().json["checkpoints"]
+    assert [each["verified"].partition(":")[0] for each in checkpoints] == ["damaged", "damaged"]
+    assert "manifest.json is damaged" in checkpoints[0]["verified"]
+    assert "rank-00001.safetensors holds None bytes" in checkpoints[1]["verified"]
+    assert "damaged" in run("list", "checkpoints", DONE).assert_done().out
+
+
+def damage(store: Store, step: int, name: str) -> Folder:
+    folder = find(store, DONE, step)
+    data = bytearray(store.get(folder.prefix + name))
+    data[-1] ^= 1
+    store.upload(folder.prefix + name, bytes(data))
+    return folder
+
+
+# -- verify and export
+
+
+def test_verify_reads_every_checkpoint(run: Cli, filled: Store) -> None:
+    said = run("verify", DONE, "--json").assert_done()
+    assert said.json["verified"].keys() == {f"{DONE}@8", f"{DONE}@4"}
+    address = filled.uri_of(layout.checkpoint(DONE, 8))
+    assert run("verify", address, "--json").assert_done().json["verified"].keys() == {f"{DONE}@8"}
+    assert not [item for item in filled.list(layout.checkpoints(DONE)) if "/pins/" in item.key]
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.index", MANIFEST])
+def test_verify_names_what_is_damaged_and_reads_on(run: Cli, filled: Store, name: str) -> None:
+    folder = damage(filled, 8, name)
+    said = run("verify", DONE)
+    assert said.code == 1
+    assert f"1 of 2 are damaged: {DONE}@8" in said.err
+    said.assert_next_step("submit it again")
+    assert filled.uri_of(folder.prefix + name) in said.out + said.err
+
+
+def test_export_writes_weights_that_safetensors_reads(run: Cli, filled: Store, tmp_path: Path) -> None:
+    filled.delete([layout.run_spec(DONE)])  # as a loop of one's own, which has no run file
+    said = run("export", f"{DONE}@4", "--to", "out", "--dtype", "bf16", "--json").assert_done()
+    assert (said.json["step"], said.json["dtype"], said.json["assets"]) == (4, "bf16", [])
+    found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == SHAPES.keys()
+    for name, shape in SHAPES.items():
+        assert torch.equal(found[name], WEIGHTS[name]["fp32"].view(shape).to(torch.bfloat16))
+    to = f"{filled.uri}/elsewhere"
+    assert (
+        run("export", f"{DONE}@4", "--to", to, "--dtype", "bf16", "--json").assert_done().json["files"]
+        == (said.json["files"])
+    )
+    assert filled.get("elsewhere/model.safetensors") == (tmp_path / "out" / "model.safetensors").read_bytes()
+    for place, words in (("out", "out exists"), (to, "is not empty")):
+        run("export", f"{DONE}@4", "--to", place, "--json").assert_refused(2, words).assert_next_step("--to")
+
+
+def test_a_loop_of_ones_own_lists_its_checkpoints(run: Cli, filled: Store) -> None:
+    filled.delete([layout.run_spec(DONE)])
+    checkpoints = run("list", "checkpoints", DONE, "--json").assert_done().json["checkpoints"]
+    assert [each["step"] for each in checkpoints] == [8, 4]
+
+
+def test_a_run_file_that_cannot_be_read_costs_the_weights_nothing(run: Cli, filled: Store, tmp_path: Path) -> None:
+    said = run("export", DONE, "--to", "out", "--json").assert_done()  # its spec.json names no dataset
+    assert said.json["assets"] == []
+    assert "Weights only" in said.err
+    assert "spec.json is not a run file of this version" in said.err
+    assert safetensors.torch.load_file(tmp_path / "out" / "model.safetensors").keys() == SHAPES.keys()
+
+
+def test_a_damaged_version_has_a_next_step_of_its_own(run: Cli, filled: Store) -> None:
+    said = run("verify", "tiny-lm@1", "--json")
+    said.assert_refused(1, "1 of 1 are damaged: tiny-lm@1/model.safetensors").assert_next_step("roll back")
+
+
+def test_an_export_of_damaged_bytes_leaves_nothing(run: Cli, filled: Store, tmp_path: Path) -> None:
+    filled.delete([layout.run_spec(DONE)])
+    damage(filled, 8, "rank-00001.safetensors")
+    for to in ("out", f"{filled.uri}/elsewhere"):
+        run("export", DONE, "--to", to, "--json").assert_refused(1, "rank-00001.safetensors: block 0")
+    assert list(tmp_path.iterdir()) == []
+    assert list(filled.list("elsewhere/")) == []
+    assert not [item for item in filled.list(layout.checkpoints(DONE)) if "/pins/" in item.key]
 
 
 @pytest.mark.parametrize(("what", "seen"), [("runs", DONE), ("models", "tiny-lm@1"), ("datasets", "9,000")])

@@ -230,6 +230,7 @@ def make_spec(
     micro_batch_size: int = GLOBAL_BATCH,
     task: str = "causal-lm",
     tied: bool = False,
+    init_from: str | None = None,
 ) -> RunSpec:
     return parse(
         {
@@ -240,7 +241,8 @@ def make_spec(
                 "architecture": {
                     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
                     "num_attention_heads": 2, "tie_word_embeddings": tied,
-                }
+                },
+                "init_from": init_from,
             },
             "data": {"dataset": "tiny", "sequence_length": SEQUENCE_LENGTH},
             "train": {

@@ -207,7 +207,7 @@ def test_every_object_of_the_layout_is_in_the_picture() -> None:
         parameters = inspect.signature(function).parameters
         if name in ("number", "last_number"):
             continue
-        given = {p: {"value": 1, "step": 100}.get(p, words.get(p, "")) for p in parameters}
+        given = {p: {"value": 1, "attempt": 1, "step": 100}.get(p, words.get(p, "")) for p in parameters}
         if name.startswith("channel"):
             given["name"] = "<channel>"
         assert function(**given) in picture, name

@@ -24,7 +24,10 @@ COLLECTIVES = {
 def offences(source: str) -> list[str]:
     """Everything in a module that pickles or unpickles."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    aliases = {alias.asname: alias.name for node in imports for alias in node.names if alias.asname}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
         elif isinstance(node, ast.ImportFrom):
@@ -32,14 +35,22 @@ def offences(source: str) -> list[str]:
             full = [f"{module}.{alias.name}" for alias in node.names]
             found += [name for name in full if name in CALLS or name.rsplit(".", 1)[-1] in COLLECTIVES]
             found += [module] if module.split(".")[0] in MODULES else []
+        elif isinstance(node, ast.Constant):
+            found += [node.value] if isinstance(node.value, str) and node.value in MODULES | COLLECTIVES else []
         elif isinstance(node, ast.Attribute):
-            dotted = ast.unparse(node)
+            dotted = _full_name(ast.unparse(node), aliases)
             found += [dotted] if dotted in CALLS or node.attr in COLLECTIVES else []
         elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
             found += [node.arg] if not (isinstance(node.value, ast.Constant) and node.value.value is False) else []
         elif isinstance(node, ast.keyword) and node.arg in ("weights_only", "use_safetensors"):
             found += [node.arg] if not (isinstance(node.value, ast.Constant) and node.value.value is True) else []
     return found
+
+
+def _full_name(dotted: str, aliases: dict[str, str]) -> str:
+    """``t.load`` as ``torch.load`` where torch was imported as t; np and pd keep their usual names."""
+    first, dot, rest = dotted.partition(".")
+    return dotted if first in ("np", "pd") else aliases.get(first, first) + dot + rest
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -66,6 +77,10 @@ def test_every_model_is_read_as_safetensors() -> None:
         "from torch import load",
         "torch.load(f, weights_only=True)",
         "model = torch.save",
+        "import torch as t; t.load(f)",
+        "import torch.distributed as d; d.scatter_object_list(a, b)",
+        "getattr(dist, 'broadcast_object_list')(x)",
+        "importlib.import_module('pickle')",
         "np.load(f, allow_pickle=True)",
         "np.load(f, allow_pickle=flag)",
         "dist.all_gather_object(a, b)",

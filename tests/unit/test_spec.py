@@ -152,6 +152,12 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"train.zero.offload": "cpu"}, "train.zero.offload cpu needs a GPU to offload from; set resources.gpu"),
     ({"train.precision": "int8"}, "must be 'auto', 'fp32', 'bf16' or 'fp16'"),
     ({"train.precision": "fp16"}, "train.precision fp16 needs a GPU; set resources.gpu, or precision fp32"),
+    ({"export.dtype": "int8"}, "export.dtype: \"int8\" is refused: must be 'auto', 'fp32', 'bf16' or 'fp16'"),
+    ({"export.max_shard_bytes": 1000}, "export.max_shard_bytes: 1000 is refused: must be at least 1048576"),
+    ({"model.init_from": "demo@4"}, 'model.init_from: "demo@4" is refused: must be RUN-ID@STEP'),
+    ({"model.init_from": "demo-1a2b3c4d"}, 'model.init_from: "demo-1a2b3c4d" is refused: must be RUN-ID@STEP'),
+    ({"model.init_from": "demo-1a2b3c4d@x"}, 'model.init_from: "demo-1a2b3c4d@x" is refused: must be RUN-ID@STEP'),
+    ({"model.init_from": "../x-1a2b3c4d@4"}, 'model.init_from: "../x-1a2b3c4d@4" is refused: must be RUN-ID@STEP'),
     ({"train.seed": -1}, "train.seed: -1 is refused: must be at least 0"),
     ({"train.seed": 2**63}, "must be below 9223372036854775808"),
     ({"checkpoint.every_steps": 0}, "checkpoint.every_steps: 0 is refused: must be at least 1"),
@@ -285,6 +291,9 @@ def _id(changes: dict[str, Any] | None = None, *, fingerprint: str = "f" * 16, c
         {"resources.gpu": "any"},
         {"data.train": "s3://elsewhere/copy/**/*.py"},
         {"train.max_grad_norm": 1},
+        {"train.step_timeout": 30},
+        {"export.dtype": "fp16", "export.max_shard_bytes": 2**20},
+        {"model.init_from": None},
     ],
 )
 def test_what_does_not_change_the_weights_continues_the_run(changes: dict[str, Any]) -> None:
@@ -295,6 +304,7 @@ def test_what_does_not_change_the_weights_continues_the_run(changes: dict[str, A
     "changes",
     [
         {"model.architecture.hidden_size": 512},
+        {"model.init_from": "demo-1a2b3c4d@4"},
         {"train.optimizer.learning_rate": 2e-3},
         {"train.steps": 300},
         {"train.global_batch_size": 64},
@@ -308,6 +318,15 @@ def test_what_does_not_change_the_weights_continues_the_run(changes: dict[str, A
 )
 def test_what_changes_the_weights_is_another_run(changes: dict[str, Any]) -> None:
     assert _id(changes) != _id()
+
+
+def test_other_weights_to_start_from_are_another_run() -> None:
+    assert _id({"model.init_from": "demo-1a2b3c4d@4"}) != _id({"model.init_from": "demo-1a2b3c4d@8"})
+
+
+def test_a_checkpoint_to_start_from_is_a_run_and_a_step() -> None:
+    spec = parse(_document({"model.init_from": "my-demo-1a2b3c4d@400"}))
+    assert spec.model.init_from_checkpoint() == ("my-demo-1a2b3c4d", 400)
 
 
 def test_other_data_is_another_run() -> None:

@@ -10,23 +10,41 @@ from orchestrator.checkpoint.zero import OwnedFragment
 
 
 class FakeState:
-    """What one of ``world_size`` ranks holds of ``full``, cut evenly into runs of elements as ZeRO does."""
+    """What one of ``world_size`` ranks holds of ``full``, cut evenly into runs of elements as ZeRO does.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], *, rank: int = 0, world_size: int = 1) -> None:
+    Frozen parameters are whole on each rank, or cut too where ``frozen_is_replicated`` is false.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        *,
+        frozen_shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
+        frozen_is_replicated: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.shapes, self.is_replicated = shapes, False
+        self.frozen_shapes, self.frozen_is_replicated = frozen_shapes or {}, frozen_is_replicated
         self.optimizer_step, self.num_refreshed = 0, 0
-        self._fragments = []
+        self.loss_scaler: dict[str, float | int | bool] | None = None
+        self._fragments, self._frozen = [], []
         for name, shape in shapes.items():
-            numel = torch.Size(shape).numel()
-            size = -(-numel // world_size)
-            start = min(numel, rank * size)
-            length = min(size, numel - start)
+            start, length = _part(shape, rank, world_size)
             if length:
                 tensors = {kind: torch.zeros(length) for kind in KINDS}
                 self._fragments.append(OwnedFragment(parameter=name, start=start, length=length, tensors=tensors))
+        for name, (dtype, shape) in self.frozen_shapes.items():
+            start, length = _part(shape, rank, world_size) if not frozen_is_replicated else _part(shape, 0, 1)
+            if length:
+                tensors = {"frozen": torch.zeros(length, dtype=dtype)}
+                self._frozen.append(OwnedFragment(parameter=name, start=start, length=length, tensors=tensors))
 
     def fragments(self) -> list[OwnedFragment]:
         return self._fragments
+
+    def frozen(self) -> list[OwnedFragment]:
+        return self._frozen
 
     def refresh(self) -> None:
         self.num_refreshed += 1
@@ -35,6 +53,14 @@ class FakeState:
         for f in self._fragments:
             for kind in KINDS:
                 f.tensors[kind].copy_(full[f.parameter][kind][f.start : f.start + f.length])
+
+
+def _part(shape: tuple[int, ...], rank: int, world_size: int) -> tuple[int, int]:
+    """Start and length of one rank's even part of a flattened parameter."""
+    numel = torch.Size(shape).numel()
+    size = -(-numel // world_size)
+    start = min(numel, rank * size)
+    return start, min(size, numel - start)
 
 
 def random_values(shapes: dict[str, tuple[int, ...]], *, seed: int = 0) -> dict[str, dict[str, Tensor]]:

@@ -1,22 +1,38 @@
-"""The pipeline's decisions that need no cluster: whom the gate compares with, and whose error it was."""
+"""The pipeline where it needs no cluster: what is tried again, whom the gate compares with, whose error it was."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
-from orchestrator.errors import AlreadyExists, AttemptFailed, HeadwayError, StoreError
+from orchestrator.errors import (
+    AlreadyExists,
+    AttemptFailed,
+    HeadwayError,
+    IntegrityError,
+    Interrupted,
+    NotFound,
+    StoreError,
+)
+from orchestrator.record import EventLog
 from orchestrator.release import channels
+from orchestrator.release.outcome import Outcome, commit_outcome
 from orchestrator.release.versions import VersionFile, claim_version, publish
 from orchestrator.spec import ReleaseSpec
+from orchestrator.store import Attempt, claim_attempt
+from orchestrator.store.attempts import request_stop, stop_reason
 from tests.tiny_model import make_version
 from tests.unit.fakes import MemoryStore
 from workloads.cluster import own_errors
-from workloads.pipeline import _serving
+from workloads.export import Export
+from workloads.pipeline import Pipeline, _ask_to_stop, _serving
 
 RELEASE = ReleaseSpec(model="lm")
 DATASET: Any = SimpleNamespace(fingerprint="0123456789abcdef")
@@ -70,3 +86,91 @@ def test_any_other_error_of_a_task_is_quoted() -> None:
 def test_errors_that_are_not_rays_pass_through() -> None:
     with pytest.raises(StoreError, match="down"), own_errors():
         raise StoreError("down")
+
+
+# -- a last checkpoint that is damaged
+
+
+EXPORTED = Export(prefix="export/", version=None, step=8, checkpoint="", tokens=64, loss=3.0, dtype="fp32", files={})
+
+
+@dataclass
+class Scripted(Pipeline):
+    """A pipeline whose stages do as they are told, and tell what was done."""
+
+    exports: list[Export | HeadwayError] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+
+    def _train(self, dataset: Any, steps: int, *, again: bool) -> None:
+        self.done.append("train again" if again else "train")
+
+    def _export(self, dataset: Any, steps: int) -> Export:
+        self.done.append("export")
+        found = self.exports.pop(0)
+        if isinstance(found, HeadwayError):
+            raise found
+        return found
+
+
+@pytest.fixture
+def attempt(memory_store: MemoryStore) -> Attempt:
+    return claim_attempt(memory_store, "run-1", facts={})
+
+
+@pytest.fixture
+def pipeline(memory_store: MemoryStore, attempt: Attempt) -> Iterator[Scripted]:
+    identity: Any = SimpleNamespace(run_id=attempt.run_id)
+    spec: Any = None
+    events = EventLog(memory_store, attempt, "pipeline")
+    yield Scripted(spec, memory_store, identity, attempt, events, lambda _: None)
+    events.close()
+
+
+@pytest.mark.parametrize("fault", [IntegrityError("block 0 is damaged"), NotFound("no such object")])
+def test_a_last_checkpoint_that_is_damaged_is_trained_again(pipeline: Scripted, fault: HeadwayError) -> None:
+    pipeline.exports = [fault, EXPORTED]
+    assert pipeline._train_and_export(DATASET, 8) == EXPORTED
+    assert pipeline.done == ["train", "export", "train again", "export"]
+
+
+def test_it_is_trained_again_once(pipeline: Scripted) -> None:
+    pipeline.exports = [IntegrityError("first"), IntegrityError("second")]
+    with pytest.raises(IntegrityError, match="second"):
+        pipeline._train_and_export(DATASET, 8)
+    assert pipeline.done == ["train", "export", "train again", "export"]
+
+
+def test_no_other_error_is_a_reason_to_train_again(pipeline: Scripted) -> None:
+    pipeline.exports = [StoreError("down")]
+    with pytest.raises(StoreError, match="down"):
+        pipeline._train_and_export(DATASET, 8)
+    assert pipeline.done == ["train", "export"]
+
+
+def test_a_run_that_training_failed_for_good_is_not_exported(memory_store: MemoryStore, pipeline: Scripted) -> None:
+    failed = commit_outcome(memory_store, Outcome.failed("run-1", attempt=1, reason="not finite"))
+    assert pipeline._train_and_export(DATASET, 8) == failed
+    assert pipeline.done == ["train"]
+
+
+# -- stopping
+
+
+def test_a_stop_before_a_stage_says_how_to_go_on(memory_store: MemoryStore, pipeline: Scripted) -> None:
+    request_stop(memory_store, "run-1", 1, reason="headway stop")
+    with pytest.raises(Interrupted, match="stopped before train: headway stop") as caught:
+        pipeline._train_and_export(DATASET, 8)
+    assert caught.value.next_step == "Submit the same run file to go on from there."
+    assert pipeline.done == []
+
+
+def test_a_stop_that_cannot_be_asked_for_is_a_warning(
+    memory_store: MemoryStore, attempt: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory_store.fail["create"] = StoreError("down")
+    with caplog.at_level(logging.WARNING):
+        _ask_to_stop(memory_store, attempt, "SIGTERM")
+    assert "the stop could not be asked for: down" in caplog.text
+    del memory_store.fail["create"]
+    _ask_to_stop(memory_store, attempt, "SIGTERM")
+    assert stop_reason(memory_store, attempt) == "SIGTERM"

@@ -1,0 +1,29 @@
+"""What rank 0 makes of a preemption notice."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.record import EventReader
+from orchestrator.store import claim_attempt, claim_group
+from tests.unit.fakes import MemoryStore
+from workloads.observer import observed
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def test_each_node_to_be_taken_away_is_one_notice(store: MemoryStore) -> None:
+    told: list[frozenset[str]] = [frozenset()]
+    group = claim_group(store, claim_attempt(store, "run-1", facts={}))
+    with observed(store, group, rank=0, preempted=lambda: told[-1]) as observer:
+        counts = []
+        for nodes in ((), ("a",), ("a",), ("a", "b"), ("b",)):
+            told.append(frozenset(nodes))
+            observer.look_for_preemption()
+            counts.append(observer.num_notices)
+    assert counts == [0, 1, 1, 2, 2]
+    events = [event for event in EventReader(store, "run-1").poll() if event["kind"] == "preemption"]
+    assert [event["nodes"] for event in events] == [["a"], ["a", "b"]]

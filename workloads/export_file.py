@@ -1,0 +1,48 @@
+"""One output file of an export, as a Ray task. A module of its own, so that the task's process imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.checkpoint.catalog import Folder, read_manifest
+from orchestrator.checkpoint.export import NUM_READERS, ExportedFile, export_to_store, plan_files
+from orchestrator.checkpoint.reader import CheckpointReader
+from orchestrator.store import open_store
+
+
+class FileJob(BaseModel):
+    """All that a task needs to write one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str
+    folder: Folder
+    file: str
+    dtype: str
+    max_shard_bytes: int
+    prefix: str
+
+
+def write(job: FileJob) -> ExportedFile:
+    """Write one file to the store, in memory that does not grow with it."""
+    store = open_store(job.store)
+    manifest, _ = read_manifest(store, job.folder)
+    files = plan_files(manifest, dtype=job.dtype, max_shard_bytes=job.max_shard_bytes)
+    file = next(file for file in files if file.name == job.file)
+    reader = CheckpointReader(store, job.folder, manifest, num_readers=NUM_READERS)
+    return export_to_store(reader, file, store, job.prefix)
+
+
+def one_by_one(jobs: Sequence[FileJob]) -> list[ExportedFile]:
+    return [write(job) for job in jobs]
+
+
+def as_ray_tasks(jobs: Sequence[FileJob]) -> list[ExportedFile]:
+    """All files at once, as many as the cluster has CPUs for."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(write)
+    written: list[ExportedFile] = ray.get([task.remote(job) for job in jobs])
+    return written
