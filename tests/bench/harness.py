@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,3 +27,12 @@ def finish(bench: str, figures: dict[str, Any], targets: dict[str, dict[str, Any
 
 def at_least(figure: float, limit: float) -> dict[str, Any]:
     return {"limit": f">= {limit}", "figure": round(figure, 4), "met": figure >= limit}
+
+
+def at_most(figure: float, limit: float) -> dict[str, Any]:
+    return {"limit": f"<= {limit}", "figure": round(figure, 4), "met": figure <= limit}
+
+
+def say(text: str) -> None:
+    """Progress, for people; the closing line has standard output to itself."""
+    print(text, file=sys.stderr, flush=True)
