@@ -6,6 +6,7 @@ fetched again, since the wire may have damaged it; one that stays wrong is damag
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class CheckpointReader:
     def __init__(self, store: Store, folder: Folder, manifest: Manifest, *, num_readers: int = _READERS) -> None:
         self.manifest, self.folder = manifest, folder
         self.bytes_read = 0
+        self._counting = threading.Lock()
         self._store, self._num_readers = store, num_readers
         self._indexes: dict[int, bytes] = {}
 
@@ -118,7 +120,8 @@ class CheckpointReader:
 
         def read() -> bytes:
             data = self._store.get_range(self.folder.prefix + file.key, start, stop - start)
-            self.bytes_read += len(data)
+            with self._counting:
+                self.bytes_read += len(data)
             if len(data) != stop - start:
                 raise IntegrityError(f"{self.uri_of(file)} ends at byte {start + len(data)}.")
             verify_blocks(data, start // BLOCK_BYTES, self._index(number), source=self.uri_of(file))

@@ -32,6 +32,7 @@ from orchestrator.checkpoint.zero import OwnedFragment, ZeroState
 from orchestrator.errors import AttemptFailed, Fenced, HeadwayError, UsageError
 from orchestrator.store import Store, WorkerGroup
 from orchestrator.store.attempts import ensure_newest_group
+from orchestrator.store.s3 import PART_BYTES
 
 logger = logging.getLogger(__name__)
 UPLOAD_TRIES = 3
@@ -175,8 +176,8 @@ class CheckpointWriter:
         """How far to spread the coming upload. Beside a GPU the CPUs have time: the sooner it is safe the better."""
         now_s = time.monotonic()
         interval_s, self._saved_s = now_s - self._saved_s, now_s
-        calm_s = min(self._image.size_bytes / CALM_BYTES_PER_S, interval_s / 2)
-        self._spread_s = 0.0 if urgent or torch.cuda.is_available() else calm_s
+        at_once = urgent or torch.cuda.is_available() or self._image.size_bytes <= PART_BYTES  # one request anyway
+        self._spread_s = 0.0 if at_once else min(self._image.size_bytes / CALM_BYTES_PER_S, interval_s / 2)
         self._hurry.clear()
 
     # -- on the thread

@@ -23,6 +23,8 @@ def finish(bench: str, figures: dict[str, Any], targets: dict[str, dict[str, Any
     """
     met = all(target["met"] for target in targets.values())
     print(json.dumps({"bench": bench, "figures": figures, "targets": targets, "met": met}))
+    if not met:
+        raise SystemExit(1)
 
 
 def at_least(figure: float, limit: float) -> dict[str, Any]:

@@ -21,12 +21,12 @@ import httpx
 import pytest
 import yaml
 
-from orchestrator.checkpoint.catalog import committed_steps
+from orchestrator.checkpoint.catalog import committed, committed_steps, find
 from orchestrator.errors import EnvironmentUnusable
 from orchestrator.record import EventReader
 from orchestrator.release.outcome import read_outcome
 from orchestrator.release.versions import VersionFile, download_files
-from orchestrator.store import Store, open_store
+from orchestrator.store import Store, layout, open_store
 from orchestrator.store.attempts import newest_attempt
 from orchestrator.targets import ports, processes
 from orchestrator.targets import stack as stacks
@@ -238,7 +238,7 @@ def test_a_run_ends_done(days: Days, clean: dict[str, Any]) -> None:
     facts = clean["facts"]
     assert (facts["steps"], facts["version"]) == (STEPS, "clean-lm@1")
     assert 0 < facts["evaluation"]["loss"] < 7
-    assert facts["checkpoint"].endswith(f"{clean['run_id']}/checkpoints/step-{STEPS:08d}")
+    assert facts["checkpoint"] == days.store.uri_of(find(days.store, clean["run_id"], STEPS).prefix).rstrip("/")
     assert committed_steps(days.store, clean["run_id"]) == [12, 8, 4]
 
 
@@ -306,6 +306,27 @@ def test_a_loss_that_is_no_number_ends_the_run_for_good(days: Days, clean: dict[
     again = days.headway("submit", run_file, "--json", timeout_s=AT_ONCE_S)
     again.assert_refused(1, f"at step {NAN_STEP}")
     assert newest_attempt(days.store, run_id) == 1
+
+
+def test_a_damaged_last_checkpoint_is_trained_again(days: Days, clean: dict[str, Any]) -> None:
+    run_file = days.write("damaged")
+    run_id = days.headway("submit", run_file, "--json").assert_done().json["run_id"]
+    damaged = find(days.store, run_id, STEPS)
+    # As if the job had died before the export, and the store lost a bit after that.
+    days.store.delete([layout.export(run_id), layout.evaluation(run_id), layout.outcome(run_id)])
+    key = f"{damaged.prefix}rank-00000.safetensors"
+    data = bytearray(days.store.get(key))
+    data[-1] ^= 1
+    days.store.upload(key, bytes(data))
+    days.headway("verify", f"damaged@{STEPS}").assert_refused(1, f"{run_id}@{STEPS}")
+
+    done = days.headway("submit", run_file, "--json").assert_done().json
+    assert done["attempt"] == 2
+    assert [event["first_step"] for event in days.events(run_id, "training")] == [0, STEPS - 4]
+    newer = find(days.store, run_id, STEPS)
+    assert newer > damaged
+    assert done["facts"]["checkpoint"] == days.store.uri_of(newer.prefix).rstrip("/")
+    assert {folder for folder in committed(days.store, run_id) if folder.step == STEPS} == {newer, damaged}  # pinned
 
 
 # -- Ctrl-C, a time-out, a stop, and the gate

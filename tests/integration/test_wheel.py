@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from orchestrator.commands.files import init
 from orchestrator.store import Store
+from tests.unit.checkpoint.saving import RUN, SHAPES, new_group, save
+from tests.unit.checkpoint.states import random_values
 from tests.tiny_model import release_version, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 UV = Path(sys.executable).with_name("uv")
-HEAVY = ("ray", "torch", "deepspeed", "transformers", "numpy")
+HEAVY = ("ray", "torch", "deepspeed", "transformers")
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +84,15 @@ def test_run_says_what_is_missing(base_only: Path, store: Store, tmp_path: Path)
     assert done.returncode == 4
     assert "headway[train]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_is_verified_and_exported(base_only: Path, store: Store, tmp_path: Path) -> None:
+    group = new_group(store)
+    values = random_values(SHAPES)
+    save(store, group, 4, values=values)
+    verified = headway(base_only, "verify", f"{RUN}@4", "--store", store.uri, cwd=tmp_path)
+    assert verified.returncode == 0, verified.stderr
+    done = headway(base_only, "export", RUN, "--to", "model", "--dtype", "bf16", "--store", store.uri, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    exported = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(exported["w"].flatten(), values["w"]["fp32"].to(torch.bfloat16))
