@@ -39,10 +39,14 @@ test-integration: install
 # All faults, 20 minutes on 2 cores, and the table of docs/reliability.md. One again: make test-faults SEED=1 ONLY=commit.held
 SEED ?= 1
 test-faults: export HEADWAY_FAULTS := all
+test-faults: export HEADWAY_FAULTS_SEED := $(SEED)
+test-faults: export HEADWAY_FAULTS_RESULTS := $(CURDIR)/.headway/faults.json
 test-faults: install
-	HEADWAY_FAULTS_SEED=$(SEED) HEADWAY_FAULTS_RESULTS=$(CURDIR)/.headway/faults.json \
-		$(BIN)/python -m pytest $(if $(ONLY),tests/faults -k "$(ONLY)",tests/faults tests/integration/test_zero_adapter.py)
-	$(BIN)/python -m tests.faults.report $(CURDIR)/.headway/faults.json
+	@rm -f $(HEADWAY_FAULTS_RESULTS)
+	@$(BIN)/python -m pytest $(if $(ONLY),tests/faults -k "$(ONLY)",tests/faults tests/integration/test_zero_adapter.py); \
+		tests=$$?; \
+		test ! -e $(HEADWAY_FAULTS_RESULTS) || $(BIN)/python -m tests.faults.report $(HEADWAY_FAULTS_RESULTS) || exit; \
+		exit $$tests
 
 check: install
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from orchestrator.errors import AlreadyExists, NotFound, StoreError
+from orchestrator.errors import AlreadyExists, IntegrityError, NotFound, StoreError
 
 PART_BYTES = 16 * 2**20
 UPLOAD_CONCURRENCY = 8
@@ -222,6 +222,8 @@ class translated:  # noqa: N801  used as a statement
                 f"{self.uri}: no S3 credentials were found.",
                 next_step="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile.",
             ) from error
+        if isinstance(error, botocore.exceptions.FlexibleChecksumError):
+            raise IntegrityError(f"{self.uri} comes damaged: its checksum does not match.") from error
         if isinstance(error, _UNREACHABLE):
             raise StoreError(
                 f"{self.uri}: the S3 server at {self.endpoint_url} cannot be reached ({type(error).__name__}).",

@@ -6,10 +6,12 @@ They come from a forkserver that has imported torch already, so that one which w
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ SMALL_TABLE, LARGE_TABLE = 100_000, 17 * 2**20
 """Bytes of the buffer in rank 0's file: less than one part of a multipart upload, and more."""
 ANSWER_TIMEOUT_S = 120.0
 _PERIOD = 65521  # prime, so that no block is like another
+_MAX_WARNINGS = 1000
 
 
 # -- the values of a step
@@ -149,6 +152,8 @@ class Answer:
     num_wrong: int = 0
     error: str = ""
     """The exception's class and message; empty where it went well."""
+    warnings: tuple[str, ...] = ()
+    """What a resume said on its way."""
 
 
 class Rank:
@@ -234,11 +239,16 @@ def _serve(connection: Connection, place: Place, role: Role) -> None:
 
 def _resume(store: Store, known: KnownState) -> Answer:
     """Without a collective among the ranks, each makes rank 0's choice for itself."""
+    heard = BufferingHandler(_MAX_WARNINGS)
+    logging.getLogger("orchestrator").addHandler(heard)
     try:
         found = resume_newest(store, RUN, known.tensors, known.module, rank=0)  # type: ignore[arg-type]
     except HeadwayError as e:
         return Answer(error=f"{type(e).__name__}: {e}")
-    return Answer(step=found.step, num_wrong=known.num_wrong(found.step)) if found else Answer()
+    finally:
+        logging.getLogger("orchestrator").removeHandler(heard)
+    said = tuple(record.getMessage() for record in heard.buffer)
+    return Answer(step=found.step, num_wrong=known.num_wrong(found.step), warnings=said) if found else Answer()
 
 
 def _save(writer: CheckpointWriter, known: KnownState, step: int) -> Answer:

@@ -21,6 +21,7 @@ HEADINGS = (
     "committed",
     "reported as failed",
     "no answer",
+    "did not end",
     *(h.replace("_", " ") for h in HARMS),
 )
 
@@ -40,6 +41,7 @@ def _entry(result: Result) -> dict[str, Any]:
         "saved": result.saved,
         "is_there": result.is_there,
         "resumed_step": result.resumed_step,
+        "did_not_end": result.did_not_end,
         **asdict(result.verdict),
         "seconds": round(result.seconds, 2),
     }
@@ -56,8 +58,9 @@ def table(found: list[dict[str, Any]]) -> str:
 def _row(kind: str, found: list[dict[str, Any]]) -> tuple[Any, ...]:
     committed = sum(one["is_there"] for one in found)
     silent = sum(not one["is_there"] and one["saved"] == "no answer" for one in found)
-    failed = len(found) - committed - silent
-    return (kind, len(found), committed, failed, silent, *(sum(one[harm] for one in found) for harm in HARMS))
+    broken = sum(bool(one["did_not_end"]) for one in found)
+    failed = len(found) - committed - silent - broken
+    return (kind, len(found), committed, failed, silent, broken, *(sum(one[harm] for one in found) for harm in HARMS))
 
 
 if __name__ == "__main__":

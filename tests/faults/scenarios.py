@@ -1,4 +1,4 @@
-"""All injections: each kind of request that a save makes, with each fault that can befall it, and each blow."""
+"""All injections: each kind of request of a save or a resume, with each fault that can befall it, and each blow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = Patience(attempts=8, connect_timeout_s=10.0, read_timeout_s=20.0, first_w
 """Outlasts a server that is started again."""
 OUTAGE = 1000
 """Requests: more than a save sends."""
-_STEP_3 = "step-00000003/00002-"
+_STEP_2, _STEP_3 = "step-00000002/00001-", "step-00000003/00002-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,11 @@ PLACES = {
         "POST", "rank-00000", "uploadId", has_body=True, has_answer=True, table_bytes=LARGE_TABLE
     ),
 }  # fmt: skip
+RESUME_PLACES = {
+    name: _place("GET", f"{_STEP_2}.*{name}", has_answer=True)
+    for name in ("manifest.json", "rank-00000.index", "rank-00001.index", "rank-00000.safetensors")
+}
+"""What a resume reads of the newest checkpoint."""
 KINDS = {
     "cut-before": Fault(kind=Kind.CUT_BEFORE),
     "cut-request": Fault(kind=Kind.CUT_REQUEST),
@@ -88,15 +93,25 @@ QUICK = (
     "file-1.lost-answer", "poll.flip-answer", "commit.lost-answer", "publish-0.412", "delete-manifest.503",
     "multipart-end.lost-answer", "part-1.stall", "commit.rank-1-killed", "publish-1.rank-0-killed",
     "commit.all-killed", "file-0.server-killed", "fence.rank-0-frozen", "index-1.all-frozen-within-attempt",
-    "commit.held",
+    "commit.held", "resume-rank-00000.safetensors.flip-answer-always",
 )  # fmt: skip
 """Names of the few that are tried whenever all tests are."""
 
 
 def all_scenarios(seed: int) -> list[Scenario]:
     """Every injection of the full sweep. Pure."""
-    found = [*_network(), *_outages(), *_kills(), *_server(), *_zombies(), *_late()]
+    found = [*_network(), *_outages(), *_kills(), *_server(), *_zombies(), *_late(), *_resumes()]
     return [_drawn(scenario, seed) for scenario in found]
+
+
+def must_be_saved(scenario: Scenario) -> bool:
+    """Whether the save has to go well, since its fault is one that a second try of the request puts right. Pure.
+
+    A 409 or 412 may be the truth, so the client believes it; a hasty client may take its second answer for lost too.
+    """
+    is_refused = scenario.fault.kind is Kind.REFUSE and scenario.fault.status in (409, 412)
+    strikes_once = scenario.blow is Blow.NONE and scenario.fault.times == 1
+    return scenario.strikes_resume or (strikes_once and scenario.patience != HASTY and not is_refused)
 
 
 def _network() -> Iterator[Scenario]:
@@ -107,13 +122,12 @@ def _network() -> Iterator[Scenario]:
             if (needs_body and not place.has_body) or (needs_answer and not place.has_answer):
                 continue
             yield Scenario(
-                kind=str(fault).removeprefix("request 1 of all ").partition(" at ")[0].partition(" by ")[0]
-                if fault.kind not in _SILENT else f"{fault.kind}, beyond the client's patience",
+                kind=_in_words(fault),
                 name=f"{name}.{kind}",
                 fault=_at(place, fault),
                 table_bytes=place.table_bytes,
                 patience=HASTY if fault.kind in _SILENT else STEADY,
-            )  # fmt: skip
+            )
 
 
 def _outages() -> Iterator[Scenario]:
@@ -173,6 +187,33 @@ def _late() -> Iterator[Scenario]:
             blow=Blow.HOLD,
             table_bytes=place.table_bytes,
         )
+
+
+def _resumes() -> Iterator[Scenario]:
+    for name, place in RESUME_PLACES.items():
+        for kind in ("cut-answer", "stall", "late", "flip-answer", "500", "503"):
+            fault = KINDS[kind]
+            yield Scenario(
+                kind=f"resume: {_in_words(fault)}",
+                name=f"resume-{name}.{kind}",
+                fault=_at(place, fault),
+                strikes_resume=True,
+                patience=HASTY if fault.kind in _SILENT else STEADY,
+            )
+        yield Scenario(
+            kind=f"resume: {Kind.FLIP_ANSWER}, each time again",
+            name=f"resume-{name}.flip-answer-always",
+            fault=replace(_at(place, KINDS["flip-answer"]), times=OUTAGE),
+            strikes_resume=True,
+            falls_back=True,
+        )
+
+
+def _in_words(fault: Fault) -> str:
+    """The fault's row in the table."""
+    if fault.kind in _SILENT:
+        return f"{fault.kind}, beyond the client's patience"
+    return str(fault).removeprefix("request 1 of all ").partition(" at ")[0].partition(" by ")[0]
 
 
 def _at(place: Place, fault: Fault) -> Fault:

@@ -3,6 +3,8 @@
 A run of two ranks resumes from step 2 and saves step 3 through the proxy; the fault strikes in there. Then a group of
 one rank goes on past the proxy, as the driver would have it; then whoever was frozen or held wakes up; then the
 new group saves once more, and the judge looks at it all.
+
+Or it is the resume that the fault strikes: that of a group of one rank, which then trains on and saves.
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ class Scenario:
     name: str
     fault: Fault
     blow: Blow = Blow.NONE
+    strikes_resume: bool = False
+    falls_back: bool = False
+    """Whether nobody can read the newest checkpoint, so that the resume has to take the one before, and say so."""
     within_attempt: bool = False
     """Whether the group that goes on belongs to the same attempt, as after a restart by Ray Train."""
     table_bytes: int = SMALL_TABLE
@@ -74,12 +79,17 @@ class Result:
     struck: str
     """The request that met the fault; empty where none did."""
     saved: str
-    """``committed``, or what rank 0 was told, or ``no answer`` where it could tell nobody."""
+    """``committed``, or what rank 0 was told, or ``no answer`` where it could tell nobody. Where a resume was struck,
+    of the save that follows it."""
     is_there: bool
-    """Whether the step of the faulty save was ever a checkpoint of the group that was struck."""
+    """Whether the step of that save was ever a checkpoint of the group that was struck."""
     resumed_step: int
     verdict: Verdict
     seconds: float
+    warnings: tuple[str, ...] = ()
+    """What the resume that was struck said."""
+    did_not_end: str = ""
+    """The error that ended the injection before its verdict."""
 
 
 @dataclass
@@ -123,6 +133,56 @@ class Run:
 
 def inject(scenario: Scenario, yard: Yard) -> Result:
     """Run one injection to its end. It belongs to no other: a prefix, a proxy and processes of its own."""
+    return inject_into_resume(scenario, yard) if scenario.strikes_resume else inject_into_save(scenario, yard)
+
+
+def not_ended(scenario: Scenario, error: Exception) -> Result:
+    """Of an injection that raised: it has no verdict, and must not be left out of the table either."""
+    return Result(
+        scenario=scenario,
+        struck="",
+        saved="did not end",
+        is_there=False,
+        resumed_step=0,
+        verdict=Verdict(),
+        seconds=0.0,
+        did_not_end=f"{type(error).__name__}: {error}",
+    )
+
+
+def inject_into_resume(scenario: Scenario, yard: Yard) -> Result:
+    began_s = time.monotonic()
+    with ExitStack() as held:
+        store = yard.new_store()
+        proxy = held.enter_context(FaultProxy(yard.endpoint_url))
+        watch = held.enter_context(Watch(store))
+        run = Run(scenario=scenario, yard=yard, store=store, proxy=proxy, watch=watch)
+        save_the_first_steps(run)
+        watch.look()
+        group = claim_group(store, claim_attempt(store, RUN, facts={}))
+        rank = held_rank(held, run, group, rank=0, world_size=1)
+        proxy.add(scenario.fault)
+        answer = rank.resume()
+        step = answer.step or 0
+        wanted = LATEST - 1 if scenario.falls_back else LATEST
+        run.verdict += Verdict(wrong_bytes=answer.num_wrong, committed_lost=int(step < wanted))
+        struck = struck_request(proxy)
+        proxy.clear()
+        if step:
+            go_on(run, rank, group, step, num_steps=1)
+        return Result(
+            scenario=scenario,
+            struck=struck,
+            saved="committed" if step else answer.error,
+            is_there=any(folder.nonce == group.nonce for folder in watch.committed),
+            resumed_step=step,
+            verdict=run.verdict + judge(store, watch, run.acknowledged),
+            seconds=time.monotonic() - began_s,
+            warnings=answer.warnings,
+        )
+
+
+def inject_into_save(scenario: Scenario, yard: Yard) -> Result:
     began_s = time.monotonic()
     with ExitStack() as held:
         store = yard.new_store()
@@ -154,7 +214,7 @@ def inject(scenario: Scenario, yard: Yard) -> Result:
             go_on(run, survivor, new, step, num_steps=1)
         elif scenario.blow is Blow.KILL_RANK_1 and run.ranks[0].has_ended():
             saved = told(run, old, run.ranks[0].answer().error)
-        struck = next((f"{r.method} {r.key or r.query}" for r in proxy.requests if r.fault), "")
+        struck = struck_request(proxy)
         verdict = run.verdict + judge(store, watch, run.acknowledged)
         is_there = any(folder.step == LATEST + 1 and folder.nonce == old.nonce for folder in watch.committed)
         return Result(
@@ -166,6 +226,10 @@ def inject(scenario: Scenario, yard: Yard) -> Result:
             verdict=verdict,
             seconds=time.monotonic() - began_s,
         )
+
+
+def struck_request(proxy: FaultProxy) -> str:
+    return next((f"{request.method} {request.key or request.query}" for request in proxy.requests if request.fault), "")
 
 
 def save_the_first_steps(run: Run) -> WorkerGroup:

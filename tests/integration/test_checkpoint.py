@@ -82,12 +82,13 @@ def relative_difference(found: dict[int, float], expected: dict[int, float]) -> 
     return max(abs(loss - expected[step]) / expected[step] for step, loss in found.items())
 
 
-def test_the_same_stage_and_size_goes_on_bitwise(store: Store, groups: Groups) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_same_stage_and_size_goes_on_bitwise(store: Store, groups: Groups, stage: int) -> None:
     make_dataset(store)
-    unbroken = trained(groups, store, "unbroken", size=2, total_steps=24)
-    first = trained(groups, store, "broken", size=2, total_steps=24, break_at=6)
+    unbroken = trained(groups, store, "unbroken", size=2, stage=stage, total_steps=24)
+    first = trained(groups, store, "broken", size=2, stage=stage, total_steps=24, break_at=6)
     assert (first[0].end, committed_steps(store, "broken")) == ("broken", [4])
-    second = trained(groups, store, "broken", size=2, total_steps=24)
+    second = trained(groups, store, "broken", size=2, stage=stage, total_steps=24)
 
     assert min(second[0].losses) == 5
     assert len(second[0].losses) == 20

@@ -21,8 +21,8 @@ from tests.integration.training import make_dataset, make_job, make_spec
 from workloads.cluster import fit
 from workloads.train import TrainJob
 
-WAIT_S = 120.0
-DEADLINE_S = 20
+DEADLINE_S = 60
+WAIT_S = DEADLINE_S + 180.0
 NEVER = 1_000_000  # steps between the checkpoints that are due without a notice
 
 

@@ -14,9 +14,9 @@ import torch
 
 from orchestrator.commands.files import init
 from orchestrator.store import Store
+from tests.tiny_model import release_version, save_model
 from tests.unit.checkpoint.saving import RUN, SHAPES, new_group, save
 from tests.unit.checkpoint.states import random_values
-from tests.tiny_model import release_version, save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 UV = Path(sys.executable).with_name("uv")

@@ -45,7 +45,10 @@ class Ranks:
 
     def close(self) -> None:
         for rank in self._ranks:
-            rank.shutdown(wait=False)
+            for process in (rank._processes or {}).values():
+                process.kill()  # it may wait for another for ever, and Python's exit for it
+        for rank in self._ranks:
+            rank.shutdown()
 
 
 def _join(rank: int, size: int, port: int) -> None:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path for package in ("orchestrator", "workloads") for path in (ROOT / package).rglob("*.py"))
 MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 CALLS = {
-    "torch.load", "torch.save", "torch.jit.load", "torch.jit.save", "np.save", "numpy.save", "np.savez",
-    "numpy.savez", "pd.read_pickle", "pandas.read_pickle",
+    "torch.load", "torch.save", "torch.serialization.load", "torch.serialization.save", "torch.jit.load",
+    "torch.jit.save", "np.save", "numpy.save", "np.savez", "numpy.savez", "pd.read_pickle", "pandas.read_pickle",
 }  # fmt: skip
 COLLECTIVES = {
     "all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list", "send_object_list",
@@ -27,6 +27,8 @@ def offences(source: str) -> list[str]:
     tree = ast.parse(source)
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
     aliases = {alias.asname: alias.name for node in imports for alias in node.names if alias.asname}
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for node in froms for alias in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
@@ -76,6 +78,10 @@ def test_every_model_is_read_as_safetensors() -> None:
         "from pickle import loads",
         "from torch import load",
         "torch.load(f, weights_only=True)",
+        "torch.serialization.load(f)",
+        "from torch.serialization import save",
+        "from torch import serialization; serialization.load(f)",
+        "from torch import serialization as s; s.save(x, f)",
         "model = torch.save",
         "import torch as t; t.load(f)",
         "import torch.distributed as d; d.scatter_object_list(a, b)",

@@ -10,7 +10,7 @@ import boto3.exceptions
 import botocore.exceptions
 import pytest
 
-from orchestrator.errors import AlreadyExists, HeadwayError, NotFound, StoreError
+from orchestrator.errors import AlreadyExists, HeadwayError, IntegrityError, NotFound, StoreError
 from orchestrator.store import Store
 from orchestrator.store.client import Connection
 
@@ -55,6 +55,7 @@ CASES: list[tuple[Exception, type[HeadwayError], str, str]] = [
     (refused("InvalidAccessKeyId", 403), StoreError, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
     (refused("SignatureDoesNotMatch", 403), StoreError, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
     (refused("InternalError", 500), StoreError, "InternalError", ""),
+    (botocore.exceptions.FlexibleChecksumError(error_msg="did not match"), IntegrityError, "comes damaged", ""),
     (botocore.exceptions.NoCredentialsError(), StoreError, "no S3 credentials", "AWS_ACCESS_KEY_ID"),
     (
         botocore.exceptions.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
