@@ -173,11 +173,11 @@ def test_a_run_starts_from_another_ones_weights(store: Store, groups: Groups, st
     source = "source-0123abcd"
     trained(groups, store, source, size=2, stage=1, total_steps=24)
     fresh = trained(groups, store, "fresh", size=2, stage=stage, total_steps=4)[0].losses
-    again = trained(groups, store, source, size=2, stage=1, total_steps=28)[0].losses
+    alone = trained(groups, store, "alone", size=1, stage=2, total_steps=4, init_from=f"{source}@24")[0].losses
     warm = trained(groups, store, "warm", size=2, stage=stage, total_steps=4, init_from=f"{source}@24")[0].losses
     assert list(warm) == [1, 2, 3, 4]
-    assert warm[1] < 0.8 * fresh[1]
-    assert abs(warm[1] - again[25]) < 0.2  # other samples, the same weights
+    assert warm[1] < 0.9 * fresh[1]  # as far as 24 steps bring this model
+    assert relative_difference(warm, alone) <= 1e-3  # the same weights, whoever reads them
     folder = find(store, "warm", 4)
     assert read_manifest(store, folder)[0].state.optimizer_step == 4
     assert not list(store.list(layout.checkpoint_pins(source, 24)))
