@@ -165,7 +165,9 @@ class Loop:
                 self.writer.save(self._scalars(step + 1, loss), urgent=is_last or stopping or preempted)
             self.observer.saves(self.writer)
             if stopping and not is_last:
-                self._finish(step + 1)  # failed or not: the next attempt goes on from what is committed
+                saved = self._finish(step + 1)
+                if saved is not None and isinstance(saved.error, Fenced):
+                    raise saved.error  # another failure leaves the next attempt what is committed already
                 return "stopped"
         saved = self._finish(total_steps)
         if saved is not None and saved.error is not None:
