@@ -135,7 +135,8 @@ class _Group:
     seen: dict[int, Seen] = field(default_factory=dict)
     workers: dict[int, Any] = field(default_factory=dict)
     """Handles of Ray's actors, by rank."""
-    named: dict[int, Reason] = field(default_factory=dict)
+    condemned: dict[int, Reason] = field(default_factory=dict)
+    """Ranks of which the driver has told. They learn it from the answer to their next beat, and end themselves."""
 
 
 class Watchdog:
@@ -157,11 +158,18 @@ class Watchdog:
         self._group.workers[rank] = worker
 
     def beat(self, group: str, beat: Beat) -> bool:
-        """Note a beat. Returns whether the rank was found hung, and has to end itself."""
+        """Note a beat. Returns whether the rank has to end itself: it was found hung, and that has been told."""
         if group != self._group.id:
             return False
         self._group.seen[beat.rank] = Seen(beat=beat, at_s=self._clock())
-        return beat.rank in self._group.named
+        return beat.rank in self._group.condemned
+
+    def condemn(self, group: str, ranks: dict[int, Reason]) -> None:
+        """Have these ranks end themselves, and find them no more. Not done by :meth:`look`: the driver first checks and
+        tells, and neither may meet a rank that is dead already.
+        """
+        if group == self._group.id:
+            self._group.condemned |= ranks
 
     def leave(self, group: str, rank: int, *, failed: bool) -> None:
         """A rank's loop has ended. Where it failed its group is over: Ray Train ends the other ranks."""
@@ -177,19 +185,17 @@ class Watchdog:
             self._group = _Group()
 
     def look(self) -> Found:
-        """Who was found hung since the last look."""
+        """Who hangs and is not condemned yet."""
         now_s = self._clock()
         if now_s - self._looked_s > silent_after_s(self._step_timeout_s) - 2 * beat_s(self._step_timeout_s):
             # It is the one who looks that was frozen, not the ranks: their beats may lie here unread.
             self._group.seen = {rank: Seen(beat=seen.beat, at_s=now_s) for rank, seen in self._group.seen.items()}
         self._looked_s = now_s
-        named = self._group.named
         hung = [
             each
             for each in judge(self._group.seen.values(), now_s, self._step_timeout_s)
-            if named.get(each.beat.rank) not in (each.reason, "silent")
+            if self._group.condemned.get(each.beat.rank) not in (each.reason, "silent")
         ]
-        named.update({each.beat.rank: each.reason for each in hung})
         return Found(self._group.id, tuple(hung), tuple(self._group.workers[each.beat.rank] for each in hung))
 
 
@@ -249,7 +255,7 @@ def _guard(
 
 
 def _act(watchdog: Any, found: Found, say: Callable[[str], None], note: Callable[..., None]) -> None:
-    """Say who hangs, and kill who is frozen. Those that are stuck end themselves."""
+    """Say who hangs, and kill who is frozen. Those that are stuck end themselves, once they may."""
     import ray
 
     if any(_is_dead(worker) for worker in found.workers):
@@ -269,6 +275,8 @@ def _act(watchdog: Any, found: Found, say: Callable[[str], None], note: Callable
         if hung.reason == "silent":
             # Ray declares it dead at once, and its raylet sends the SIGKILL some seconds later.
             ray.kill(worker)
+    condemned = watchdog.condemn.remote(found.group, {each.beat.rank: each.reason for each in found.hung})
+    ray.get(condemned, timeout=ANSWER_TIMEOUT_S)
 
 
 def _is_dead(worker: Any) -> bool:

@@ -154,22 +154,30 @@ def watchdog(clock: Clock) -> Watchdog:
 
 
 def pass_time(watchdog: Watchdog, clock: Clock, seconds: int, *beating_ranks: int) -> list[tuple[int, str]]:
-    """Second by second: the ranks that live beat, and the driver looks. Returns who was found, in order."""
+    """Second by second: live ranks beat, and the driver looks and condemns. Returns who was found, in order."""
     found = []
     for _ in range(seconds):
         clock.now_s += 1.0
         for rank in beating_ranks:
             watchdog.beat("a", beat(rank, progress=50 + int(clock.now_s)))
-        found += [(each.beat.rank, each.reason) for each in watchdog.look().hung]
+        found += look_and_condemn(watchdog)
     return found
 
 
-def test_a_silent_rank_is_found_once(watchdog: Watchdog, clock: Clock) -> None:
+def look_and_condemn(watchdog: Watchdog) -> list[tuple[int, str]]:
+    group, hung, _ = watchdog.look()
+    watchdog.condemn(group, {each.beat.rank: each.reason for each in hung})
+    return [(each.beat.rank, each.reason) for each in hung]
+
+
+def test_a_silent_rank_is_found_until_it_is_condemned(watchdog: Watchdog, clock: Clock) -> None:
     assert pass_time(watchdog, clock, 49, 0) == []
     clock.now_s += 1.0
     watchdog.beat("a", beat(0))
-    group, hung, workers = watchdog.look()
-    assert (group, [each.beat.rank for each in hung], workers) == ("a", [1], ("worker 1",))
+    for _ in range(2):
+        group, hung, workers = watchdog.look()
+        assert (group, [each.beat.rank for each in hung], workers) == ("a", [1], ("worker 1",))
+    assert look_and_condemn(watchdog) == [(1, "silent")]
     assert pass_time(watchdog, clock, 60, 0) == []
 
 
@@ -187,21 +195,25 @@ def test_a_stuck_rank_is_told_at_its_next_beat_and_the_others_are_not(watchdog: 
     waiting, stuck = beat(0, phase="agreeing", progress=52, in_place_s=99.0), beat(1, in_place_s=100.0)
     assert not watchdog.beat("a", waiting)
     assert not watchdog.beat("a", stuck)
-    assert [each.beat.rank for each in watchdog.look().hung] == [1]
+    group, hung, _ = watchdog.look()
+    assert [each.beat.rank for each in hung] == [1]
+    assert not watchdog.beat("a", stuck), "before the driver has told who hangs"
+    watchdog.condemn(group, {1: "stuck"})
     assert not watchdog.beat("a", waiting)
     assert watchdog.beat("a", stuck)
 
 
 def test_a_stuck_rank_that_does_not_end_itself_is_found_again_as_silent(watchdog: Watchdog, clock: Clock) -> None:
     watchdog.beat("a", beat(1, progress=40, in_place_s=100.0))
-    assert [(each.beat.rank, each.reason) for each in watchdog.look().hung] == [(1, "stuck")]
+    assert look_and_condemn(watchdog) == [(1, "stuck")]
     assert pass_time(watchdog, clock, 60, 0) == [(1, "silent")]
 
 
 def test_a_new_group_is_not_taken_for_the_old_one(watchdog: Watchdog, clock: Clock) -> None:
     watchdog.beat("a", beat(1, progress=40, in_place_s=100.0))
-    assert [each.beat.rank for each in watchdog.look().hung] == [1]
+    assert look_and_condemn(watchdog) == [(1, "stuck")]
     watchdog.join("b", 1, "worker b1")
+    watchdog.condemn("a", {1: "stuck"})
     assert not watchdog.beat("b", beat(1, progress=1))
     assert not watchdog.beat("a", beat(1, in_place_s=500.0)), "a beat from the old group"
     assert watchdog.look().hung == ()
