@@ -23,9 +23,8 @@ import torch
 
 from orchestrator.store import Store
 from tests.bench import states
-from tests.bench.harness import at_most, finish, say, spread
+from tests.bench.harness import at_most, bench_ranks, finish, say, spread
 from tests.bench.measured import Cost, bare_bytes, run
-from tests.bench.ranks import Ranks
 from tests.bench.server import BUCKET, download_directory, s3_store, upload_directory
 
 RUN = "bench-export"
@@ -83,7 +82,7 @@ def make_checkpoints(store: Store, size: states.Size, scratch: Path) -> int:
     started = time.perf_counter()
     directory = scratch / "saved"
     group = states.claim(store, f"{RUN}-{size.name}")
-    with Ranks(WORLD_SIZE) as ranks:
+    with bench_ranks(WORLD_SIZE) as ranks:
         num_parameters: int = ranks.run(states.build, size, 3, False)[0][0]
         ranks.run(states.fill)
         ranks.run(states.save_headway, store.uri, group)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tests.gloo_ranks import Ranks
+
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, and the quartiles around it."""
@@ -38,3 +40,8 @@ def at_most(figure: float, limit: float) -> dict[str, Any]:
 def say(text: str) -> None:
     """Progress, for people; the closing line has standard output to itself."""
     print(text, file=sys.stderr, flush=True)
+
+
+def bench_ranks(size: int) -> Ranks:
+    """Gloo ranks that may take minutes over one call."""
+    return Ranks(size, first_port=22800, answer_timeout_s=580.0)

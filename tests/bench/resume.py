@@ -35,10 +35,10 @@ from torch import distributed
 from orchestrator.checkpoint.resume import resume_newest
 from orchestrator.store import Store, open_store
 from tests.bench import states
-from tests.bench.harness import at_least, at_most, finish, say, spread
-from tests.bench.ranks import Ranks
+from tests.bench.harness import at_least, at_most, bench_ranks, finish, say, spread
 from tests.bench.server import download_directory, s3_store, upload_directory
 from tests.bench.states import TAG, Size
+from tests.gloo_ranks import Ranks
 
 SAVED_BY, OTHER_SIZE = 2, 3
 LARGE_PARAMETERS = 500e6
@@ -82,11 +82,11 @@ class Case:
         self._saved, self._universal = scratch / "saved", scratch / "universal"
 
     def measure(self) -> dict[str, Any]:
-        with Ranks(SAVED_BY) as ranks:
+        with bench_ranks(SAVED_BY) as ranks:
             built = self._build(ranks, load_universal=False)
             self._save(ranks)
             same = self._take_turns(ranks, built, self._load_own)
-        with Ranks(OTHER_SIZE) as ranks:
+        with bench_ranks(OTHER_SIZE) as ranks:
             built = self._build(ranks, load_universal=True)
             other = self._take_turns(ranks, built, self._load_universal)
         return {"parameters": built[0][0], "same_size": same, "other_size": other}

@@ -24,6 +24,7 @@ from tests.bench.stall_contenders import (
     Memcpy,
     state_tensors,
 )
+from tests.gloo_ranks import join_group
 
 IDLE_STEPS = 4
 BEYOND_STEPS = 2
@@ -81,12 +82,7 @@ class Window:
 
 def run_rank(rank: int, settings: Settings, answers: Connection) -> None:
     """A rank's whole life. Rank 0 sends each counted round's windows as they come, then None."""
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(settings.world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(settings.port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=settings.world_size)
+    join_group(rank, settings.world_size, settings.port)
     trainer = Trainer(settings, rank)
     contenders = make_contenders(settings, trainer, rank)
     if rank == 0:

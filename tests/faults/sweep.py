@@ -150,13 +150,23 @@ def not_ended(scenario: Scenario, error: Exception) -> Result:
     )
 
 
+def begin(scenario: Scenario, yard: Yard, held: ExitStack) -> Run:
+    """A run in a store of its own, watched, and its way through the proxy."""
+    store = yard.new_store()
+    return Run(
+        scenario=scenario,
+        yard=yard,
+        store=store,
+        proxy=held.enter_context(FaultProxy(yard.endpoint_url)),
+        watch=held.enter_context(Watch(store)),
+    )
+
+
 def inject_into_resume(scenario: Scenario, yard: Yard) -> Result:
     began_s = time.monotonic()
     with ExitStack() as held:
-        store = yard.new_store()
-        proxy = held.enter_context(FaultProxy(yard.endpoint_url))
-        watch = held.enter_context(Watch(store))
-        run = Run(scenario=scenario, yard=yard, store=store, proxy=proxy, watch=watch)
+        run = begin(scenario, yard, held)
+        store, proxy, watch = run.store, run.proxy, run.watch
         save_the_first_steps(run)
         watch.look()
         group = claim_group(store, claim_attempt(store, RUN, facts={}))
@@ -185,10 +195,8 @@ def inject_into_resume(scenario: Scenario, yard: Yard) -> Result:
 def inject_into_save(scenario: Scenario, yard: Yard) -> Result:
     began_s = time.monotonic()
     with ExitStack() as held:
-        store = yard.new_store()
-        proxy = held.enter_context(FaultProxy(yard.endpoint_url))
-        watch = held.enter_context(Watch(store))
-        run = Run(scenario=scenario, yard=yard, store=store, proxy=proxy, watch=watch)
+        run = begin(scenario, yard, held)
+        store, proxy, watch = run.store, run.proxy, run.watch
         first = save_the_first_steps(run)
         old = claim_group(store, claim_attempt(store, RUN, facts={}))
         leave(store, first, LATEST + 1)

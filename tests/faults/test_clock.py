@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -27,11 +26,9 @@ SOURCE = Path(__file__).with_name("shifted_clock.c")
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler")
     library = tmp_path_factory.mktemp("shim") / "shifted_clock.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
+    # The compiler that DeepSpeed's own op needs, so it is there.
+    subprocess.run(["c++", "-x", "c", "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE)], check=True)
     return library
 
 

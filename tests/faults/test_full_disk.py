@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,24 +14,11 @@ from orchestrator.errors import StoreError
 from orchestrator.store import Store
 from tests.faults.ranks import SMALL_TABLE, KnownState
 from tests.faults.yard import Yard
+from tests.small_disk import small_disk
 from tests.unit.checkpoint.saving import RUN, finish, new_group, writer_of
 from tests.unit.checkpoint.states import scalars
 
 DISK_BYTES = 96 * 2**20
-
-
-@contextmanager
-def small_disk(path: Path, num_bytes: int) -> Iterator[None]:
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(path)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from orchestrator.targets import ports, processes
 from orchestrator.targets import stack as stacks
 from orchestrator.targets.stack import Stack
 from tests.command_line import Said, finish, headway, start
+from tests.small_disk import small_disk
 
 RUN_TIMEOUT_S = 120.0
 AT_ONCE_S = 20.0  # what needs no job, on a machine that is busy; half a second on one that is idle
@@ -464,17 +465,10 @@ def test_after_down_nothing_is_left_and_the_next_up_knows_it_all(days: Days, cle
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB without a free byte."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small file system is not permitted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(tmp_path, 64 * 2**10):
         with pytest.raises(OSError, match="No space left"):
             (tmp_path / "filler").write_bytes(bytes(2**20))
         yield tmp_path
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_stack_on_a_full_disk(full_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -12,12 +12,13 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import RunError
+from tests.gloo_ranks import Ranks
 from tests.integration.zero_ranks import (
+    ANSWER_TIMEOUT_S,
     DTYPES,
     LEFT_OUT,
     Filled,
     Piece,
-    Ranks,
     Setup,
     Snapshot,
     Visit,
@@ -64,7 +65,7 @@ def models(draw: st.DrawFn) -> tuple[Piece, ...]:
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[dict[int, Ranks]]:
     build_cpu_op()
-    held = {size: Ranks(size) for size in SIZES}
+    held = {size: Ranks(size, first_port=21100 + 100 * size, answer_timeout_s=ANSWER_TIMEOUT_S) for size in SIZES}
     yield held
     for group in held.values():
         group.close()

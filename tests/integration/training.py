@@ -26,6 +26,7 @@ from orchestrator.dataset.format import DatasetManifest, Shard, Split, Tokenizer
 from orchestrator.spec import RunSpec, parse
 from orchestrator.store import Attempt, Store, claim_attempt, layout
 from orchestrator.targets.ports import is_free
+from tests.gloo_ranks import join_group
 from tests.tiny_model import END_OF_TEXT, make_tokenizer
 from workloads.tasks.causal_lm import CausalLM
 from workloads.train import TrainJob, train
@@ -111,15 +112,7 @@ class Groups:
 
 def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
     """A rank's main loop."""
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    import torch
-    from torch import distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    join_group(rank, size, port)
     while True:
         try:
             name, args = connection.recv()

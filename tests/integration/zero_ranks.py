@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +12,6 @@ from torch import Tensor, nn
 from orchestrator.checkpoint.zero import OwnedFragment, ZeroState
 from orchestrator.plan import split_batch
 from orchestrator.spec import OptimizerSpec, TrainSpec, ZeroSpec
-from orchestrator.targets.ports import is_free
 from workloads.engine import Engine
 
 ANSWER_TIMEOUT_S = 90.0
@@ -25,39 +20,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Whole = dict[str, dict[str, np.ndarray[Any, Any]]]
 """Per parameter and kind (fp32, exp_avg, exp_avg_sq; frozen), all its elements as fp32."""
-
-
-class Ranks:
-    """``size`` processes that are ranks of one gloo group and run any importable function."""
-
-    def __init__(self, size: int) -> None:
-        port = next(port for port in range(21100 + 100 * size, 30000) if is_free(port))
-        context = multiprocessing.get_context("spawn")
-        self._ranks = [
-            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, size, port))
-            for rank in range(size)
-        ]
-
-    def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
-        """What each rank returned, by rank."""
-        futures = [rank.submit(work, *args) for rank in self._ranks]
-        return [future.result(ANSWER_TIMEOUT_S) for future in futures]
-
-    def close(self) -> None:
-        for rank in self._ranks:
-            for process in (rank._processes or {}).values():
-                process.kill()  # it may wait for another for ever, and Python's exit for it
-        for rank in self._ranks:
-            rank.shutdown()
-
-
-def _join(rank: int, size: int, port: int) -> None:
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
 
 
 # -- the model
