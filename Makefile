@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Without compiled bytecode every Ray worker would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo down test test-unit test-integration test-faults check format install bench lock wheel clean
+.PHONY: demo down test test-unit test-integration test-faults check format install bench lock wheel clean cluster test-cluster cluster-down
 
 demo: install
 	@$(BIN)/headway demo
@@ -48,6 +48,17 @@ test-faults: install
 		test ! -e $(HEADWAY_FAULTS_RESULTS) || $(BIN)/python -m tests.faults.report $(HEADWAY_FAULTS_RESULTS) || exit; \
 		exit $$tests
 
+# A real Kubernetes of two nodes on this machine, without Docker: as root, on Debian. Where KUBECONFIG is set, that cluster is used.
+cluster: install
+	@$(BIN)/python -m tests.cluster.up
+
+# The tests of docs/kubernetes.md: some 15 minutes on 2 cores. The cluster stays up; make cluster-down ends it.
+test-cluster: cluster
+	$(BIN)/python -m pytest tests/cluster
+
+cluster-down:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.cluster.down; fi
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +78,7 @@ bench: install
 # A plain requirements file without addresses, so that it installs from any index.
 lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-emit-find-links --no-annotate \
-		--extra local --extra dev pyproject.toml -o requirements/local.txt
+		--extra local --extra kubernetes --extra dev pyproject.toml -o requirements/local.txt
 
 wheel: install
 	$(BIN)/uv build --quiet --wheel --out-dir dist .

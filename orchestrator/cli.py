@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import __version__
+from orchestrator import __version__, cli_pod
+from orchestrator.cli_options import Directory, Json, RunFile, RunId, StoreUri, TargetName
 from orchestrator.errors import EnvironmentUnusable, HeadwayError, Interrupted, UsageError
 from orchestrator.pinning import pin
 from orchestrator.reporter import Reporter
@@ -26,16 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_pod.app, name="pod", hidden=True)
 
 # What typer raises for a wrong command line. Of this family it exports only one member, and its home has moved.
 _WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")]
-StoreUri = Annotated[str | None, typer.Option("--store", help="s3://bucket/prefix; default $HEADWAY_STORE.")]
-TargetName = Annotated[str, typer.Option("--target", help="local, or http://… of a Ray cluster's dashboard.")]
-RunFile = Annotated[Path, typer.Argument(help="The run file.", show_default=False)]
-RunId = Annotated[str, typer.Argument(help="A run's id, or its name for the newest of that name.", show_default=False)]
-Directory = Annotated[Path | None, typer.Option("--directory", help="The embedded stack's folder; default .headway.")]
 
 
 def main() -> None:
@@ -184,12 +179,21 @@ def plan(
 
 
 @app.command("run")
-def run_here(run_file: RunFile, store: StoreUri = None, json: Json = False) -> None:
+def run_here(
+    run_file: RunFile,
+    store: StoreUri = None,
+    first_attempt: Annotated[int | None, typer.Option(help="Where jobs are restarted: the first attempt.")] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="Where jobs are restarted: attempts in all.")] = None,
+    json: Json = False,
+) -> None:
     """Execute a run inside a Ray job; what submit and `ray job submit … -- headway run FILE` start."""
     from orchestrator.commands.run import run as command
 
+    if (first_attempt is None) != (max_attempts is None):
+        raise UsageError("--first-attempt and --max-attempts are given together, or not at all.")
+    attempts = (first_attempt, max_attempts) if first_attempt is not None and max_attempts is not None else None
     reporter = Reporter(json_mode=json)
-    reporter.result(*command(run_file, store, reporter))
+    reporter.result(*command(run_file, store, attempts, reporter))
 
 
 @app.command()
@@ -198,6 +202,7 @@ def submit(
     target: TargetName = "local",
     store: StoreUri = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is submitted.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="End the job in flight and start a new attempt.")] = False,
     timeout_s: Annotated[float | None, typer.Option("--timeout", help="Stop waiting after so many seconds.")] = None,
     json: Json = False,
 ) -> None:
@@ -206,7 +211,15 @@ def submit(
 
     reporter = Reporter(json_mode=json)
     reporter.result(
-        *command(run_file, target=target, store_uri=store, detach=detach, timeout_s=timeout_s, reporter=reporter)
+        *command(
+            run_file,
+            target=target,
+            store_uri=store,
+            detach=detach,
+            retry=retry,
+            timeout_s=timeout_s,
+            reporter=reporter,
+        )
     )
 
 
@@ -224,12 +237,18 @@ def logs(
     target: TargetName = "local",
     store: StoreUri = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    files: Annotated[bool, typer.Option("--files", help="List what Kubernetes pods left in the store.")] = False,
+    file: Annotated[str | None, typer.Option(help="Print one of those.")] = None,
     json: Json = False,
 ) -> None:
     """Print the log of a run's newest attempt."""
     from orchestrator.commands.logs import logs as command
+    from orchestrator.commands.logs import stored_logs
 
     reporter = Reporter(json_mode=json)
+    if files or file is not None:
+        reporter.result(*stored_logs(run_id, file, store_uri=store, reporter=reporter))
+        return
     reporter.result(*command(run_id, target=target, store_uri=store, follow=follow, reporter=reporter))
 
 
@@ -246,6 +265,22 @@ def stop(
 
     reporter = Reporter(json_mode=json)
     reporter.result(*command(run_id, target=target, store_uri=store, timeout_s=timeout_s, reporter=reporter))
+
+
+@app.command()
+def dashboard(
+    run_id: RunId,
+    target: TargetName = "local",
+    store: StoreUri = None,
+    port: Annotated[int, typer.Option(help="On this machine; 0 takes a free one.", min=0, max=65535)] = 8265,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
+    json: Json = False,
+) -> None:
+    """Open Ray's dashboard and Jobs API of a run on this machine, until Ctrl-C."""
+    from orchestrator.commands.dashboard import dashboard as command
+
+    reporter = Reporter(json_mode=json)
+    command(run_id, target=target, store_uri=store, port=port, open_browser=open_browser, reporter=reporter)
 
 
 @app.command("list")
@@ -316,6 +351,7 @@ def serve(
     replicas: Annotated[int, typer.Option(help="Copies of the model.", min=1)] = 1,
     route_prefix: Annotated[str, typer.Option(help="Where its API lies on the endpoint.")] = "/",
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait until it answers.")] = 300.0,
+    down: Annotated[bool, typer.Option("--down", help="Take the service away; on Kubernetes.")] = False,
     json: Json = False,
 ) -> None:
     """Serve a model's channel through Ray Serve, and wait until it answers."""
@@ -330,6 +366,7 @@ def serve(
         replicas=replicas,
         route_prefix=route_prefix,
         timeout_s=timeout_s,
+        down=down,
         reporter=reporter,
     )
     reporter.result(*result)

@@ -9,6 +9,7 @@
     │   ├── GateRefused           3   trained and evaluated, but not good enough to release
     │   └── EmptySource           2   the source of the data names no usable file
     ├── AttemptFailed             1   this attempt failed; the next goes on from the last checkpoint
+    │   └── AttemptsUsedUp        1   as many failed as one submission may make
     ├── Fenced                    1   a newer attempt works on this run; this one stops
     ├── IntegrityError            1   bytes that do not match their digest, or a file that lies about itself
     ├── EnvironmentUnusable       4   the machine or the cluster lacks something
@@ -18,6 +19,7 @@
     │   └── TargetError           4   Ray, or the cluster, refused or cannot be reached
     ├── TimedOut                  5   waited as long as was asked
     └── Interrupted             130   Ctrl-C, or a stop that was asked for
+        └── Displaced           130   its pod is being ended, so the run is to go on elsewhere
 
 A message says what is wrong in one sentence; ``next_step`` says what to do about it.
 """
@@ -73,6 +75,10 @@ class AttemptFailed(HeadwayError):
     pass
 
 
+class AttemptsUsedUp(AttemptFailed):
+    pass
+
+
 class Fenced(HeadwayError):
     pass
 
@@ -107,3 +113,7 @@ class TimedOut(HeadwayError):
 
 class Interrupted(HeadwayError):
     exit_code = 130
+
+
+class Displaced(Interrupted):
+    pass

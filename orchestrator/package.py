@@ -6,19 +6,36 @@ import fnmatch
 import hashlib
 import io
 import os
+import shutil
 import stat
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import IntegrityError, UsageError
 
 MAX_BYTES = 256 * 2**20
 """Ray keeps packages in its GCS, in memory; it refuses those above 512 MiB itself."""
 IGNORE_FILE = ".headwayignore"
-_ALWAYS_IGNORED = (".git", ".venv", "venv", ".headway", "__pycache__", "*.pyc", "node_modules")
+_UNFINISHED = ".headway-unpacking"
+_ALWAYS_IGNORED = (".git", ".venv", "venv", ".headway", _UNFINISHED, "__pycache__", "*.pyc", "node_modules")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold
+_BLOCK_BYTES = 2**20
+_NOT_A_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    LookupError,
+    NotImplementedError,  # a method of compression that this Python lacks
+    OverflowError,
+    RuntimeError,  # it wants a password
+    ValueError,  # with UnicodeDecodeError among them
+)
+"""What ``zipfile`` raises for bytes that are no zip, or one that was damaged or made up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +74,39 @@ def package(directory: Path, *, max_bytes: int = MAX_BYTES) -> Package:
             entry.external_attr = (stat.S_IFREG | 0o644) << 16
             archive.writestr(entry, data)
     return Package(digest=digest.hexdigest(), data=buffer.getvalue(), skipped=listing.skipped)
+
+
+def unpack(data: bytes, to: Path, digest: str, *, max_bytes: int = MAX_BYTES) -> None:
+    """Put the files of a package into a folder: all of them with the bytes that its digest names, or none.
+
+    The folder is new, or empty, or holds these files already: then nothing is written. A call that is killed leaves
+    files that the next one takes away. Files get the mode 0644, folders 0755.
+
+    Raises:
+        IntegrityError: other files than the digest says, or a zip that :func:`package` never makes.
+        UsageError: the folder holds something else.
+    """
+    with _no_surprises(digest), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = _entries(archive, max_bytes)
+        to.mkdir(parents=True, exist_ok=True)
+        unfinished = to / _UNFINISHED
+        if unfinished.exists():
+            _clear(to)
+        elif any(to.iterdir()):
+            _require_same(to, [entry.filename for entry in entries], digest)
+            return
+        # Inside of the folder, which may be a mount: only there is a rename sure to stay on one file system.
+        unfinished.mkdir()
+        try:
+            found = _extract(archive, entries, unfinished)
+            if found != digest:
+                raise IntegrityError(f"The files of code package {digest[:12]}… have the digest {found[:12]}….")
+            for path in sorted(unfinished.iterdir()):
+                path.rename(to / path.name)
+        except BaseException:
+            _clear(to)
+            raise
+        unfinished.rmdir()
 
 
 def code_digest(directory: Path) -> str:
@@ -102,11 +152,14 @@ def _list(directory: Path) -> _Listing:
             if reason is None:
                 files.append(relative)
             else:
-                skipped.append(f"{relative}: {reason}")
+                skipped.append(f"{_shown(relative)}: {reason}")
     return _Listing(files=tuple(sorted(files)), skipped=tuple(sorted(skipped)))
 
 
 def _why_skipped(root: Path, path: Path) -> str | None:
+    relative = str(path.relative_to(root))
+    if _shown(relative) != relative:
+        return "its name is not UTF-8"
     if path.is_symlink():
         target = path.resolve()
         if not target.is_relative_to(root):
@@ -118,6 +171,11 @@ def _why_skipped(root: Path, path: Path) -> str | None:
     if not path.is_file():
         return "neither a file nor a folder"
     return None
+
+
+def _shown(name: str) -> str:
+    """A file's name as text that can be printed, also where its bytes are not UTF-8, which no zip can hold."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _patterns(path: Path) -> list[str]:
@@ -162,6 +220,101 @@ def _read(path: Path) -> bytes:
 
 
 def _add(digest: hashlib._Hash, name: str, data: bytes) -> None:
-    """Lengths go in first, so that no two trees give the same stream of bytes."""
-    encoded = name.encode("utf-8", "surrogateescape")
-    digest.update(f"{len(encoded)} {len(data)}\n".encode() + encoded + data)
+    _add_name(digest, name, len(data))
+    digest.update(data)
+
+
+def _add_name(digest: hashlib._Hash, name: str, num_bytes: int) -> None:
+    """Before the bytes themselves. Lengths go in first, so that no two trees give the same stream of bytes."""
+    encoded = name.encode()
+    digest.update(f"{len(encoded)} {num_bytes}\n".encode() + encoded)
+
+
+# -- unpacking
+
+
+@contextmanager
+def _no_surprises(digest: str) -> Iterator[None]:
+    try:
+        yield
+    except _NOT_A_ZIP as e:
+        raise IntegrityError(f"Code package {digest[:12]}… is no zip that Headway made: {e}.") from e
+
+
+def _entries(archive: zipfile.ZipFile, max_bytes: int) -> list[zipfile.ZipInfo]:
+    """The files in the order of their names, once it is sure that they may be written. Pure."""
+    entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
+    names = {entry.filename for entry in entries}
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    for entry in entries:
+        reason = "is also a folder" if entry.filename in folders else _why_refused(entry)
+        if reason:
+            raise IntegrityError(f"The code package holds {entry.orig_filename!r}, which {reason}.")
+    if len(names) != len(entries):
+        raise IntegrityError("The code package holds a name twice.")
+    total = sum(entry.file_size for entry in entries)
+    if total > max_bytes:
+        raise IntegrityError(
+            f"The code package unpacks to {total / 2**20:.0f} MiB; the limit is {max_bytes / 2**20:.0f} MiB."
+        )
+    return entries
+
+
+def _why_refused(entry: zipfile.ZipInfo) -> str | None:
+    parts = entry.filename.split("/")
+    if entry.filename != entry.orig_filename or any(part in ("", ".", "..") for part in parts):
+        return "is no plain relative path"
+    if parts[0] == _UNFINISHED:
+        return "is a name of Headway's own"
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
+        return "is a link or a device"
+    return None
+
+
+def _extract(archive: zipfile.ZipFile, entries: Sequence[zipfile.ZipInfo], folder: Path) -> str:
+    """Write the files. Returns the digest of what was written."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        path = folder / entry.filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _add_name(digest, entry.filename, entry.file_size)
+        with archive.open(entry) as source, path.open("xb") as file:
+            for block in _blocks(source):
+                digest.update(block)
+                file.write(block)
+    for path in folder.rglob("*"):  # whatever the umask is
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return digest.hexdigest()
+
+
+def _require_same(folder: Path, names: Sequence[str], digest: str) -> None:
+    """That a package's files are there with their bytes. What lies beside them, bytecode say, does not matter."""
+    found = hashlib.sha256()
+    try:
+        for name in names:
+            with (folder / name).open("rb") as file:
+                _add_name(found, name, os.fstat(file.fileno()).st_size)
+                for block in _blocks(file):
+                    found.update(block)
+        same = found.hexdigest() == digest
+    except OSError:
+        same = False
+    if not same:
+        raise UsageError(
+            f"{folder} holds other files than those of code package {digest[:12]}….",
+            next_step="Name an empty or a new folder.",
+        )
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(_BLOCK_BYTES):
+        yield block
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an unfinished call left in a folder that was empty before it; last of all, the sign of that."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _UNFINISHED):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

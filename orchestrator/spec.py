@@ -6,40 +6,27 @@ setting is never silently ignored.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from orchestrator.errors import SpecError
+from orchestrator.document import ENV_NAME, NAME, SECRET_NAME, Part, check, read_yaml
 
-API_VERSION = "headway/v1"
+_STARTER = "headway init"
 MAX_NAME = 31  # a run's id is the name, a dash and 8 digits, at most 40 characters
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", max_length=MAX_NAME)]
+Name = Annotated[str, Field(pattern=NAME, max_length=MAX_NAME)]
+EnvName = Annotated[str, Field(pattern=ENV_NAME)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads yes and on as true, which pydantic would take for the number 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("a truth value has no meaning here")
-        return value
-
-
-class ModelSpec(_Part):
+class ModelSpec(Part):
     """What is trained: an architecture from scratch, in the words of a transformers config."""
 
     architecture: dict[str, Any]
@@ -71,7 +58,7 @@ class ModelSpec(_Part):
         return value
 
 
-class DataSpec(_Part):
+class DataSpec(Part):
     """Where the samples come from: a source to prepare, or a dataset prepared before."""
 
     train: Annotated[str, Field(min_length=1)] | None = None
@@ -95,7 +82,7 @@ class DataSpec(_Part):
         return self
 
 
-class OptimizerSpec(_Part):
+class OptimizerSpec(Part):
     """AdamW and its learning rate over the steps."""
 
     learning_rate: Annotated[float, Field(gt=0.0)] = 3.0e-4
@@ -108,7 +95,7 @@ class OptimizerSpec(_Part):
     """Where linear and cosine end, as a share of ``learning_rate``."""
 
 
-class ZeroSpec(_Part):
+class ZeroSpec(Part):
     """DeepSpeed ZeRO: what is partitioned over the workers (0 nothing, 1 optimizer, 2 gradients, 3 parameters)."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 2
@@ -121,7 +108,7 @@ class ZeroSpec(_Part):
         return self
 
 
-class TrainSpec(_Part):
+class TrainSpec(Part):
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0.0)] | None = None
     global_batch_size: PositiveInt = 32
@@ -144,13 +131,13 @@ class TrainSpec(_Part):
         return self
 
 
-class CheckpointSpec(_Part):
+class CheckpointSpec(Part):
     every_steps: PositiveInt = 100
     keep: PositiveInt = 3
     """Newest checkpoints kept; those of released versions stay besides."""
 
 
-class Workers(_Part):
+class Workers(Part):
     min: PositiveInt = 1
     max: PositiveInt = 1
 
@@ -161,16 +148,18 @@ class Workers(_Part):
         return self
 
 
-class ResourcesSpec(_Part):
+class ResourcesSpec(Part):
     workers: Workers = Workers()
     gpu: str | None = None
     """Kind of GPU, or ``any``; null trains on CPUs. One worker is one rank and, with gpu, one GPU."""
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Times that the group of workers is restarted in one attempt."""
+    pip: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Python packages installed beside the cluster's own before the job starts, in pip's notation."""
 
 
-class ExportSpec(_Part):
+class ExportSpec(Part):
     """How the last checkpoint becomes Hugging Face files."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -179,7 +168,7 @@ class ExportSpec(_Part):
     """Tensors in one file; a larger tensor gets a file of its own."""
 
 
-class GateSpec(_Part):
+class GateSpec(Part):
     max_loss: Annotated[float, Field(gt=0.0)] | None = None
     """Nats per token on the held-out split."""
     must_beat_serving: bool = False
@@ -187,12 +176,12 @@ class GateSpec(_Part):
     """Evaluate on the first so many samples of the held-out split; null takes all."""
 
 
-class ReleaseSpec(_Part):
+class ReleaseSpec(Part):
     model: Name
     channel: Name = "production"
 
 
-class RunSpec(_Part):
+class RunSpec(Part):
     """A whole run file. See docs/run-file.md for every field with its default and limits."""
 
     apiVersion: Literal["headway/v1"]  # noqa: N815  the file's own spelling
@@ -206,6 +195,18 @@ class RunSpec(_Part):
     export: ExportSpec = ExportSpec()
     gate: GateSpec = GateSpec()
     release: ReleaseSpec | None = None
+    env: dict[EnvName, str] = Field(default={})
+    """Variables of every process of the run."""
+    secrets: tuple[Annotated[str, Field(pattern=SECRET_NAME, max_length=253)], ...] = ()
+    """Names of Kubernetes Secrets whose keys become variables too; never their values."""
+
+    @field_validator("env")
+    @classmethod
+    def _env_is_not_ours(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name.startswith(("HEADWAY_", "AWS_", "RAY_AUTH_")):
+                raise ValueError(f"may not hold {name}, which the target sets; credentials go by secrets")
+        return value
 
     @field_validator("task")
     @classmethod
@@ -250,34 +251,7 @@ def load(path: Path) -> RunSpec:
     Raises:
         SpecError: the file is missing, not YAML, or says something that is not allowed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise SpecError(
-            f"There is no run file at {path}.", next_step="Name an existing file, or write one with: headway init"
-        ) from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise SpecError(f"The run file {path} cannot be read: {e}.") from e
-    try:
-        document = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        problem = getattr(e, "problem", None) or "it cannot be parsed"
-        raise SpecError(f"{path} is not YAML{where}: {problem}.", next_step="Compare with: headway init") from e
-    return parse(document, source=str(path))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a key stand twice and takes the last; a person who wrote it twice meant one of them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    return parse(read_yaml(path, what="run file", compare=_STARTER), source=str(path))
 
 
 def parse(document: object, *, source: str = "run file") -> RunSpec:
@@ -286,77 +260,7 @@ def parse(document: object, *, source: str = "run file") -> RunSpec:
     Raises:
         SpecError: one line per fault: the field, its value, the limit.
     """
-    if not isinstance(document, dict):
-        raise SpecError(
-            f"{source} holds {type(document).__name__}, not a mapping of fields.",
-            next_step="Compare with: headway init",
-        )
-    if document.get("apiVersion") != API_VERSION:
-        found = repr(document["apiVersion"]) if "apiVersion" in document else "missing"
-        raise SpecError(
-            f"{source}: apiVersion is {found}; this Headway reads {API_VERSION!r}.",
-            next_step=f"Write apiVersion: {API_VERSION}",
-        )
-    try:
-        return RunSpec.model_validate(document)
-    except ValidationError as e:
-        faults = [_fault(error) for error in e.errors(include_url=False)]
-        if len(faults) == 1:
-            message = f"{source}: {faults[0]}"
-        else:
-            message = "\n  ".join([f"{source} has {len(faults)} faults:", *faults])
-        raise SpecError(message, next_step="All fields and limits: headway schema, docs/run-file.md") from e
-
-
-_WORDS = {
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be above {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be below {lt}",
-    "finite_number": "must be a finite number",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "string_type": "must be text",
-    "string_too_long": "may have at most {max_length} characters",
-    "string_pattern_mismatch": "may hold only a-z, 0-9 and dashes, and starts and ends with one of a-z and 0-9",
-    "literal_error": "must be {expected}",
-    "model_type": "must be a mapping of fields",
-    "dict_type": "must be a mapping of fields",
-    "tuple_type": "must be a list",
-}
-"""Limits in the words of a run file, by pydantic's type of error. The only pattern is that of a name."""
-
-
-def _fault(error: Any) -> str:
-    """One pydantic error as ``field: value is refused: limit``."""
-    field = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{field}: no such field{_near(field)}."
-    if error["type"] == "missing":
-        return f"{field}: missing, and has no default."
-    words = _WORDS.get(error["type"])
-    message = words.format(**error.get("ctx", {})) if words else str(error["msg"]).removeprefix("Value error, ")
-    if not field:  # a combination of fields, which its message names
-        return f"{message}."
-    value = error.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) else f" {json.dumps(value, default=str)[:80]} is refused:"
-    return f"{field}:{shown} {message[:1].lower()}{message[1:]}."
-
-
-def _near(field: str) -> str:
-    """A hint at the field that was probably meant."""
-    *parents, leaf = field.split(".")
-    model: type[BaseModel] = RunSpec
-    for parent in parents:
-        annotation = model.model_fields[parent].annotation
-        model = next(kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    close = difflib.get_close_matches(leaf, model.model_fields, n=1)
-    return f"; did you mean {close[0]}" if close else f"; known here are {', '.join(model.model_fields)}"
+    return check(RunSpec, document, source=source, compare=_STARTER, all_fields="headway schema, docs/run-file.md")
 
 
 def json_schema() -> dict[str, Any]:
@@ -367,8 +271,8 @@ def json_schema() -> dict[str, Any]:
 def run_id(spec: RunSpec, *, dataset_fingerprint: str, code_digest: str) -> str:
     """``<name>-<8 hex digits>`` of what changes the weights, and of nothing else.
 
-    checkpoint, resources, export, gate, release, train.step_timeout and the target stay outside: editing them
-    continues the same run.
+    checkpoint, resources, export, gate, release, env, secrets, train.step_timeout and the target stay outside: editing
+    them continues the same run.
     """
     changes_weights = {
         "task": spec.task,

@@ -55,6 +55,10 @@ resources:
   gpu: null                     # any, or a kind of GPU, one for each worker; null trains on CPUs
   cpus_per_worker: 1
   max_failures: 3               # times that the workers are restarted in one attempt
+  pip: []                       # packages installed beside the cluster's own, such as "einops==0.8.1"
+
+env: {}                         # variables of every process of the run, such as {NCCL_DEBUG: INFO}
+secrets: []                     # names of Kubernetes Secrets whose keys become variables too; never values
 
 export:                         # how the last checkpoint becomes Hugging Face files
   dtype: auto                   # auto is the precision of the training; or fp32, bf16, fp16

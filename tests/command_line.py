@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 BIN = Path(sys.executable).parent
 _SETTINGS = ("AWS_", "HEADWAY_", "RAY_")
@@ -67,14 +67,20 @@ def environment(**settings: str) -> dict[str, str]:
     return {**kept, "PATH": f"{BIN}{os.pathsep}{kept.get('PATH', os.defpath)}", **settings}
 
 
-def start(*arguments: str | Path, directory: Path, settings: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    *arguments: str | Path,
+    directory: Path,
+    settings: dict[str, str] | None = None,
+    out: int | IO[str] = subprocess.PIPE,
+    err: int | IO[str] = subprocess.PIPE,
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(BIN / "headway"), *map(str, arguments)],
         cwd=directory,
         env=environment(**(settings or {})),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=out,
+        stderr=err,
         text=True,
         preexec_fn=_heed_ctrl_c,
     )

@@ -24,6 +24,7 @@ from orchestrator.dataset.format import DatasetManifest
 from orchestrator.errors import (
     AlreadyExists,
     AttemptFailed,
+    Displaced,
     HeadwayError,
     IntegrityError,
     Interrupted,
@@ -40,7 +41,15 @@ from orchestrator.release.versions import CheckpointSource, DatasetSource, Versi
 from orchestrator.runs import RunIdentity, identify
 from orchestrator.spec import ReleaseSpec, RunSpec
 from orchestrator.store import Attempt, Store, claim_attempt, layout
-from orchestrator.store.attempts import end_attempt, ensure_newest, request_stop, stop_reason
+from orchestrator.store.attempts import (
+    POD_ENDS,
+    Allowance,
+    end_attempt,
+    ensure_newest,
+    request_stop,
+    require_turn,
+    stop_reason,
+)
 from orchestrator.store.probe import require_conditional_writes
 from workloads.cluster import fit, own_errors
 from workloads.evaluate import evaluate
@@ -53,12 +62,24 @@ from workloads.train import TrainJob
 logger = logging.getLogger(__name__)
 
 
-def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, say: Callable[[str], None]) -> Outcome:
+def run(
+    spec: RunSpec,
+    store: Store,
+    *,
+    working_directory: Path,
+    job_id: str,
+    say: Callable[[str], None],
+    allowance: Allowance | None = None,
+) -> Outcome:
     """Bring a run to its outcome, from wherever it stands.
 
+    Args:
+        allowance: the attempts that this job may make; None sets no limit.
+
     Raises:
-        Interrupted: it was asked to stop. Any other HeadwayError: this attempt failed, and the next one goes on from
-        what is committed. A fault that no retry changes, a RunError, is no exception here but the run's outcome.
+        Interrupted: it was asked to stop. Fenced: another job took over. AttemptsUsedUp: by the allowance. Any other
+        HeadwayError: this attempt failed, and the next one goes on from what is committed. A fault that no retry
+        changes, a RunError, is no exception here but the run's outcome.
     """
     require_conditional_writes(store)
     identity = identify(spec, store, working_directory)
@@ -68,6 +89,8 @@ def run(spec: RunSpec, store: Store, *, working_directory: Path, job_id: str, sa
         return standing
     check_task(spec)
     _record_spec(store, spec, identity)
+    if allowance is not None:
+        require_turn(store, identity.run_id, allowance)
     attempt = claim_attempt(
         store, identity.run_id, facts={"host": socket.gethostname(), "job": job_id, "headway": __version__}
     )
@@ -170,10 +193,7 @@ class Pipeline:
         if read_outcome(self.store, self.identity.run_id) is None and (not done or done[0] < steps):
             ensure_newest(self.store, self.attempt)
             reason = stop_reason(self.store, self.attempt) or "training ended early"
-            raise Interrupted(
-                f"{self.identity.run_id} stopped at step {done[0] if done else 0} of {steps}: {reason}.",
-                next_step="Submit the same run file to go on from there.",
-            )
+            raise _interrupted(f"{self.identity.run_id} stopped at step {done[0] if done else 0} of {steps}", reason)
 
     def _export(self, dataset: DatasetManifest, steps: int) -> Export:
         standing = read_export(self.store, self.identity.run_id)
@@ -307,10 +327,7 @@ class Pipeline:
         ensure_newest(self.store, self.attempt)
         reason = stop_reason(self.store, self.attempt)
         if reason:
-            raise Interrupted(
-                f"{self.identity.run_id} stopped before {name}: {reason}.",
-                next_step="Submit the same run file to go on from there.",
-            )
+            raise _interrupted(f"{self.identity.run_id} stopped before {name}", reason)
         self.say(f"{name} …")
         self.events.append("stage_started", stage=name)
         started = time.monotonic()
@@ -319,6 +336,11 @@ class Pipeline:
         seconds = round(time.monotonic() - started, 2)
         self.events.append("stage_done", stage=name, seconds=seconds)
         self.say(f"{name} done in {seconds:.1f} s")
+
+
+def _interrupted(what: str, reason: str) -> Interrupted:
+    kind = Displaced if reason == POD_ENDS else Interrupted
+    return kind(f"{what}: {reason}.", next_step="Submit the same run file to go on from there.")
 
 
 def _serving(store: Store, release: ReleaseSpec, dataset: DatasetManifest, *, but_for: str) -> Serving | None:

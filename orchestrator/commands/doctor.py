@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator.commands.context import find_stack
+from orchestrator.commands.context import find_kubernetes, find_stack, is_kubernetes
 from orchestrator.errors import HeadwayError
 from orchestrator.reporter import Result
 from orchestrator.store.s3 import STORE_VARIABLE
@@ -216,6 +216,35 @@ def ray_check(url: str | None) -> Check:
     )
 
 
+def kubernetes_checks(target: str) -> list[Check]:
+    """Of a ``kubernetes`` target: its settings, the cluster, KubeRay, and the token that Ray asks for."""
+    from orchestrator.targets.kubernetes.client import RAY_JOBS
+
+    try:
+        found = find_kubernetes(target, None)
+        jobs = found.client.list_all(RAY_JOBS)
+        token = found.client.secret(found.settings.token_secret)
+    except HeadwayError as e:
+        return [Check(name="kubernetes", ok=False, detail=e.message, next_step=e.next_step)]
+    namespace, secret = found.settings.namespace, found.settings.token_secret
+    create = f"kubectl -n {namespace} create secret generic {secret} --from-literal=auth_token=…"
+    return [
+        Check(name="kubernetes", ok=True, detail=f"{found.client.host}, namespace {namespace}"),
+        Check(
+            name="kuberay",
+            ok=jobs is not None,
+            detail=f"{len(jobs)} RayJobs" if jobs is not None else "the cluster knows no RayJobs",
+            next_step="" if jobs is not None else "Install KubeRay: docs/kubernetes.md",
+        ),
+        Check(
+            name="ray token",
+            ok="auth_token" in (token or {}),
+            detail=f"secret {secret}" + ("" if token else " is missing"),
+            next_step="" if token else create,
+        ),
+    ]
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+", 1)[0])[:3])
 
@@ -232,14 +261,18 @@ def report(store_uri: str | None, target: str) -> Result:
     stack = find_stack()
     if not store_uri and not os.environ.get(STORE_VARIABLE) and stack is not None:
         stack.apply_to(os.environ)
-    options = StackOptions()
-    ports = {} if stack else {"--dashboard-port": options.dashboard_port, "--serve-port": options.serve_port}
-    found = checks(
-        directory=Path.cwd(),
-        ports=ports if target == "local" else {},
-        store_uri=store_uri or os.environ.get(STORE_VARIABLE),
-        ray_url=target if target != "local" else stack.dashboard_url if stack else None,
-    )
+    store = store_uri or os.environ.get(STORE_VARIABLE)
+    if is_kubernetes(target):  # nothing of the road runs on this machine
+        found = [python_check(sys.version_info[:3]), store_check(store), *kubernetes_checks(target)]
+    else:
+        options = StackOptions()
+        ports = {} if stack else {"--dashboard-port": options.dashboard_port, "--serve-port": options.serve_port}
+        found = checks(
+            directory=Path.cwd(),
+            ports=ports if target == "local" else {},
+            store_uri=store,
+            ray_url=target if target != "local" else stack.dashboard_url if stack else None,
+        )
     text = "\n".join(_row(check) for check in found)
     failed = [check for check in found if check.ok is False]
     if failed:

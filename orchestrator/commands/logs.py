@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from orchestrator.commands.context import find_store, find_target
 from orchestrator.commands.show import resolve_run
 from orchestrator.commands.submit import in_flight
 from orchestrator.errors import HeadwayError, TimedOut, UsageError
+from orchestrator.record.logs import LogReader
 from orchestrator.release.outcome import read_outcome
 from orchestrator.reporter import Reporter, Result
 from orchestrator.store import Store
@@ -18,27 +20,51 @@ _POLL_S = 0.5
 
 
 def logs(run_id: str, *, target: str, store_uri: str | None, follow: bool, reporter: Reporter) -> Result:
-    cluster, store = find_target(target), find_store(store_uri)
+    cluster, store = find_target(target, store_uri), find_store(store_uri)
     run_id = resolve_run(store, run_id)
     number = newest_attempt(store, run_id)
     if number == 0:
         raise UsageError(f"{run_id} has no attempt yet.", next_step=f"See: headway status {run_id}")
     job = str(read_attempt(store, run_id, number)["job"])
     if not follow or reporter.json_mode:
-        text = cluster.logs(job)
+        text = cluster.logs(run_id, job)
         return {"run_id": run_id, "attempt": number, "job": job, "log": text}, text
-    for piece in cluster.follow(job):
+    for piece in cluster.follow(run_id, job):
         reporter.stream(piece)
     return {"run_id": run_id, "attempt": number, "job": job}, ""
 
 
+def stored_logs(run_id: str, file: str | None, *, store_uri: str | None, reporter: Reporter) -> Result:
+    """What pods left in the store: all files, or the text of one."""
+    store = find_store(store_uri)
+    run_id = resolve_run(store, run_id)
+    reader = LogReader(store, run_id)
+    files = {f"{each.pod}/{each.session}/{each.name}": each for each in reader.files()}
+    if file is None:
+        lines = [f"{each.size_bytes:>12,}  {name}" for name, each in files.items()]
+        facts = [
+            {"file": name, "bytes": each.size_bytes, "modified_s": each.modified_s} for name, each in files.items()
+        ]
+        text = "\n".join(lines) or f"Nothing is stored of {run_id}: only Kubernetes pods keep logs in the store."
+        return {"run_id": run_id, "files": facts}, text
+    if file not in files:
+        raise UsageError(
+            f"{run_id} has no log file {file!r} in the store.", next_step=f"See: headway logs {run_id} --files"
+        )
+    if reporter.json_mode:
+        return {"run_id": run_id, "file": file, "log": "".join(reader.read(files[file]))}, ""
+    for piece in reader.read(files[file]):
+        reporter.stream(piece)
+    return {}, ""
+
+
 def stop(run_id: str, *, target: str, store_uri: str | None, timeout_s: float, reporter: Reporter) -> Result:
-    cluster, store = find_target(target), find_store(store_uri)
+    cluster, store = find_target(target, store_uri), find_store(store_uri)
     run_id = resolve_run(store, run_id)
     return stop_run(run_id, store, cluster, timeout_s=timeout_s, reporter=reporter)
 
 
-def stop_run(run_id: str, store: Store, cluster: Target, *, timeout_s: float, reporter: Reporter) -> Result:
+def stop_run(run_id: str, store: Store, cluster: Target[Any], *, timeout_s: float, reporter: Reporter) -> Result:
     """Ask the run's newest attempt to save and end, and wait for it; past the time, end its job."""
     outcome = read_outcome(store, run_id)
     if outcome is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from orchestrator.commands.context import find_stack, find_store, find_target
+from orchestrator.commands.context import find_stack, find_store, find_target, is_kubernetes, kubernetes_settings
 from orchestrator.commands.request import build_request
 from orchestrator.errors import HeadwayError
 from orchestrator.plan import Capacity
 from orchestrator.plan import plan as make_plan
 from orchestrator.reporter import Result
 from orchestrator.sizing import AUTO_CLASSES, Sizing, count_parameters
-from orchestrator.spec import RunSpec, load
+from orchestrator.spec import ResourcesSpec, RunSpec, load
 from orchestrator.store.s3 import STORE_VARIABLE
 from orchestrator.targets.ray_head import default_num_cpus
 
@@ -22,15 +22,15 @@ _WITHOUT_BF16 = ("V100", "P100", "P4", "T4", "K80")
 def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool) -> Result:
     spec = load(run_file)
     if manifests:
-        cluster, store = find_target(target), find_store(store_uri)
+        cluster, store = find_target(target, store_uri), find_store(store_uri)
         request = build_request(spec, run_file, store, cluster, directory=Path.cwd())
-        return request.request.model_dump(mode="json"), ""
+        return request.request.body(), ""
     sizing = _size(spec)
     planned = make_plan(
         train=spec.train,
         resources=spec.resources,
         sequence_length=spec.data.sequence_length,
-        capacity=capacity_of(target),
+        capacity=capacity_of(target, spec.resources),
         size=sizing.size,
         size_note=sizing.reason,
     )
@@ -39,11 +39,16 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
     return facts, _table([("run", identity.get("run_id") or identity["note"]), *planned.lines()])
 
 
-def capacity_of(target: str) -> Capacity:
+def capacity_of(target: str, resources: ResourcesSpec) -> Capacity:
     """What the target has. The local one is this machine, whether or not its stack runs."""
     if target == "local":
         return Capacity(num_cpus=default_num_cpus(), host_memory_bytes=_memory_bytes())
-    found = find_target(target).capacity()
+    if is_kubernetes(target):
+        from orchestrator.targets.kubernetes.target import stated_capacity
+
+        found = stated_capacity(kubernetes_settings(target), resources)
+    else:
+        found = find_target(target, None).capacity(resources)
     return Capacity(
         num_cpus=found.num_cpus,
         num_gpus=found.num_gpus,

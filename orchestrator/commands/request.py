@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from orchestrator import __version__
 from orchestrator.errors import SpecError
 from orchestrator.package import Package, package
-from orchestrator.render import JobRequest, job_request, submission_id
+from orchestrator.render import AttemptRequest, submission_id
 from orchestrator.runs import RunIdentity, identify
 from orchestrator.spec import RunSpec
 from orchestrator.store import Store
 from orchestrator.store.attempts import newest_attempt
-from orchestrator.targets.base import Target
+from orchestrator.targets.base import Request, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,11 @@ class Prepared:
     identity: RunIdentity
     attempt: int
     """The number that the job claims, unless another comes first."""
-    request: JobRequest
+    request: Request
     package: Package
 
 
-def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target, *, directory: Path) -> Prepared:
+def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target[Any], *, directory: Path) -> Prepared:
     """What would be sent now: the job, and the working directory ``directory``, which must hold the run file.
 
     Raises:
@@ -41,21 +42,26 @@ def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target, *
     identity = identify(spec, store, directory)
     packed = package(directory)
     attempt = newest_attempt(store, identity.run_id) + 1
-    request = job_request(
-        run_id=identity.run_id,
-        attempt=attempt,
-        run_file=str(relative),
-        version=__version__,
-        package_digest=packed.digest,
-        env_vars={"HEADWAY_STORE": store.uri},
-        repeat=free_repeat(target, identity.run_id, attempt),
+    request = target.render(
+        AttemptRequest(
+            run_id=identity.run_id,
+            attempt=attempt,
+            repeat=free_repeat(target, identity.run_id, attempt),
+            run_file=relative.as_posix(),
+            version=__version__,
+            package_digest=packed.digest,
+            store_uri=store.uri,
+            resources=spec.resources,
+            env=spec.env,
+            secrets=spec.secrets,
+        )
     )
     return Prepared(identity=identity, attempt=attempt, request=request, package=packed)
 
 
-def free_repeat(target: Target, run_id: str, attempt: int) -> int:
+def free_repeat(target: Target[Any], run_id: str, attempt: int) -> int:
     """The first submission id of this attempt number that no ended job has: Ray takes each id once."""
     repeat = 0
-    while (found := target.find(submission_id(run_id, attempt, repeat=repeat))) is not None and found.state.ended:
+    while (found := target.find(submission_id(run_id, attempt, repeat=repeat))) is not None and found.over:
         repeat += 1
     return repeat

@@ -6,16 +6,55 @@ import importlib
 from pathlib import Path
 
 from orchestrator.commands.context import find_store
-from orchestrator.errors import EnvironmentUnusable
+from orchestrator.errors import (
+    AttemptsUsedUp,
+    Displaced,
+    EnvironmentUnusable,
+    Fenced,
+    HeadwayError,
+    Interrupted,
+    UsageError,
+)
+from orchestrator.release.outcome import Outcome
 from orchestrator.reporter import Reporter, Result
 from orchestrator.spec import load
+from orchestrator.store.attempts import Allowance
 from orchestrator.store.s3 import PATIENT
 
 _CLUSTER, _PIPELINE = "workloads.cluster", "workloads.pipeline"  # by name: orchestrator imports nothing of workloads
+Attempts = tuple[int, int]
+"""The first attempt that this job may make, and how many in all."""
 
 
-def run(run_file: Path, store_uri: str | None, reporter: Reporter) -> Result:
-    """Bring the run to its outcome on the Ray cluster that this process is part of."""
+def run(run_file: Path, store_uri: str | None, attempts: Attempts | None, reporter: Reporter) -> Result:
+    """Bring the run to its outcome on the Ray cluster that this process is part of.
+
+    Args:
+        attempts: given where a failed job is started again on a new cluster, as by KubeRay. Then this ends with 0
+            wherever another start would change nothing; what the run came to is read in the store.
+    """
+    if attempts is None:
+        outcome = _run(run_file, store_uri, None, reporter)
+        outcome.raise_unless_done()
+    else:
+        try:
+            outcome = _run(run_file, store_uri, attempts, reporter)
+        except HeadwayError as e:
+            if _would_go_on_elsewhere(e):
+                raise
+            reporter.error(e)
+            return {}, ""
+    told = outcome.facts.get("version", "not released") if outcome.state == "done" else outcome.reason
+    return outcome.model_dump(mode="json"), f"{outcome.run_id} is {outcome.state}: {told}"
+
+
+def _would_go_on_elsewhere(error: HeadwayError) -> bool:
+    """Whether another start may come further: not after a person's mistake or stop, and not where others took over."""
+    final = (UsageError, Fenced, AttemptsUsedUp, Interrupted)
+    return isinstance(error, Displaced) or not isinstance(error, final)
+
+
+def _run(run_file: Path, store_uri: str | None, attempts: Attempts | None, reporter: Reporter) -> Outcome:
     spec = load(run_file)
     store = find_store(store_uri, patience=PATIENT)
     try:
@@ -27,6 +66,8 @@ def run(run_file: Path, store_uri: str | None, reporter: Reporter) -> Result:
             next_step="Install it: pip install 'headway[train]'. To send the run elsewhere: headway submit",
         ) from e
     job_id = cluster.connect(reporter.say)
-    outcome = pipeline.run(spec, store, working_directory=Path.cwd(), job_id=job_id, say=reporter.say)
-    outcome.raise_unless_done()
-    return outcome.model_dump(mode="json"), f"{outcome.run_id} is done: {outcome.facts.get('version', 'not released')}"
+    allowance = Allowance(job_id=job_id, first=attempts[0], max_attempts=attempts[1]) if attempts else None
+    outcome: Outcome = pipeline.run(
+        spec, store, working_directory=Path.cwd(), job_id=job_id, say=reporter.say, allowance=allowance
+    )
+    return outcome

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from orchestrator.commands.context import find_store, find_target, require_stack
+from orchestrator.commands.context import find_kubernetes, find_ray, find_store, is_kubernetes, require_stack
+from orchestrator.commands.serve_kubernetes import serve_kubernetes, stop_serving
 from orchestrator.errors import TargetError, UsageError
 from orchestrator.release import channels
+from orchestrator.render import serve_application
 from orchestrator.reporter import Reporter, Result
 from orchestrator.store import Store
 from orchestrator.targets.serve_api import ServeApi
 
-_IMPORT_PATH = "workloads.serve.app:build"
 _SERVE_PORT = 8000  # Ray Serve's own default, on clusters that are not ours
 
 
@@ -24,9 +25,30 @@ def serve(
     replicas: int,
     route_prefix: str,
     timeout_s: float,
+    down: bool,
     reporter: Reporter,
 ) -> Result:
-    cluster, store = find_target(target), find_store(store_uri)
+    if down and not is_kubernetes(target):
+        raise UsageError(
+            f"--down takes a service of Kubernetes away; --target is {target}.",
+            next_step="On this machine headway down ends everything; elsewhere use Ray's own: serve shutdown",
+        )
+    if is_kubernetes(target):
+        found = find_kubernetes(target, store_uri)
+        if down:
+            return stop_serving(found.client, model=model, channel=channel)
+        return serve_kubernetes(
+            found.client,
+            found.settings,
+            find_store(store_uri),
+            model=model,
+            channel=channel,
+            replicas=replicas,
+            route_prefix=route_prefix,
+            timeout_s=timeout_s,
+            reporter=reporter,
+        )
+    cluster, store = find_ray(target), find_store(store_uri)
     if target == "local":
         bind, host, port = "127.0.0.1", "127.0.0.1", require_stack().ray_ports.serve
     else:
@@ -72,13 +94,9 @@ def deploy(
             f"Nothing was released to {model}'s channel {channel} yet.",
             next_step="See what there is: headway list models",
         )
-    name = f"headway-{model}"
-    application = {
-        "name": name,
-        "route_prefix": route_prefix,
-        "import_path": _IMPORT_PATH,
-        "args": {"model": model, "channel": channel, "store": store.uri, "num_replicas": replicas},
-    }
+    application = serve_application(
+        model=model, channel=channel, store_uri=store.uri, replicas=replicas, route_prefix=route_prefix
+    )
     endpoint = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     reporter.say(f"Serving {model}@{entry.version} at {endpoint} …")
     try:
@@ -87,5 +105,5 @@ def deploy(
         raise TargetError(
             e.message, next_step=f"Is the route {route_prefix} taken? Choose one with --route-prefix."
         ) from e
-    api.wait_until_answering(name, f"{endpoint}/v1/models/{model}", timeout_s=timeout_s)
+    api.wait_until_answering(application["name"], f"{endpoint}/v1/models/{model}", timeout_s=timeout_s)
     return endpoint

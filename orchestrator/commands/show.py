@@ -73,7 +73,7 @@ def status(run_id: str, *, target: str, store_uri: str | None) -> Result:
     if outcome is not None:
         facts["outcome"] = outcome.model_dump(mode="json")
     elif target and facts["attempts"]:
-        facts["job_state"] = _job_state(target, facts["job"])
+        facts["job_state"] = _job_state(target, store, facts["job"])
     return facts, _lines(facts)
 
 
@@ -113,12 +113,14 @@ def _state(store: Store, run_id: str) -> dict[str, Any]:
     return {"state": "in flight" if number else "waiting", "reason": "", "attempts": number, "job": job}
 
 
-def _job_state(target: str, job: str) -> str:
+def _job_state(target: str, store: Store, job: str) -> str:
     try:
-        found = find_target(target).find(job)
+        found = find_target(target, store.uri).find(job)
     except HeadwayError as e:
         return f"unknown: {e.message}"
-    return str(found.state) if found else "gone: the cluster knows no such job"
+    if found is None:
+        return "gone: the cluster knows no such job"
+    return f"{found.state}: {found.message}" if found.message else str(found.state)
 
 
 def _runs(store: Store) -> Rows:

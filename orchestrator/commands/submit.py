@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.commands.context import find_store, find_target
+from orchestrator.commands.context import find_store, find_target, is_kubernetes
 from orchestrator.commands.request import build_request, free_repeat
 from orchestrator.commands.watch import Watched, watch
-from orchestrator.errors import SpecError
+from orchestrator.errors import SpecError, TimedOut
 from orchestrator.release.outcome import Outcome, read_outcome
 from orchestrator.render import submission_id
 from orchestrator.reporter import Reporter, Result
@@ -19,6 +20,8 @@ from orchestrator.store import Store
 from orchestrator.store.attempts import attempt_end, newest_attempt, read_attempt
 from orchestrator.store.probe import require_conditional_writes
 from orchestrator.targets.base import Target
+
+_END_S, _POLL_S = 240.0, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ def submit(
     target: str,
     store_uri: str | None,
     detach: bool,
+    retry: bool,
     timeout_s: float | None,
     reporter: Reporter,
 ) -> Result:
@@ -48,8 +52,10 @@ def submit(
             f"data.train {spec.data.train!r} is a path of this machine, which {target} does not see.",
             next_step="Put the data into S3 and name it as s3://bucket/prefix/**.",
         )
-    cluster, store = find_target(target), find_store(store_uri)
-    sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd())
+    if spec.secrets and not is_kubernetes(target):
+        reporter.say(f"not sent: the secrets {', '.join(spec.secrets)}, which only Kubernetes has")
+    cluster, store = find_target(target, store_uri), find_store(store_uri)
+    sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd(), retry=retry)
     facts: dict[str, Any] = {"run_id": sent.run_id, "submission_id": sent.submission_id, "attached": sent.attached}
     if detach and sent.outcome is None:
         return facts, f"{sent.run_id} is on its way. Watch it: headway logs -f {sent.run_id}"
@@ -61,8 +67,21 @@ def submit(
     return {**facts, **outcome.model_dump(mode="json")}, describe(outcome)
 
 
-def send(spec: RunSpec, run_file: Path, store: Store, target: Target, reporter: Reporter, *, directory: Path) -> Sent:
-    """Submit the run unless it has an outcome or is in flight already."""
+def send(
+    spec: RunSpec,
+    run_file: Path,
+    store: Store,
+    target: Target[Any],
+    reporter: Reporter,
+    *,
+    directory: Path,
+    retry: bool = False,
+) -> Sent:
+    """Submit the run unless it has an outcome or is in flight already.
+
+    Args:
+        retry: where it is in flight, end that job and start anew from what is committed.
+    """
     require_conditional_writes(store)
     identity = identify(spec, store, directory)
     standing = read_outcome(store, identity.run_id)
@@ -70,7 +89,9 @@ def send(spec: RunSpec, run_file: Path, store: Store, target: Target, reporter: 
         reporter.say(f"{identity.run_id} is {standing.state} already; nothing is sent.")
         return Sent(run_id=identity.run_id, submission_id="", attached=True, outcome=standing)
     flight = in_flight(store, target, identity.run_id)
-    if flight is not None:
+    if flight is not None and retry:
+        _end(flight, target, reporter)
+    elif flight is not None:
         reporter.say(f"{identity.run_id} is in flight as {flight.job}; attached.")
         return Sent(run_id=identity.run_id, submission_id=flight.job, attached=True, attempt=flight.attempt)
     prepared = build_request(spec, run_file, store, target, directory=directory)
@@ -96,20 +117,38 @@ class Flight:
     """Whether the attempt exists; if not, it is the number that the job will claim."""
 
 
-def in_flight(store: Store, target: Target, run_id: str) -> Flight | None:
+def in_flight(store: Store, target: Target[Any], run_id: str) -> Flight | None:
     """The job that works on the run now: the newest attempt's, or one sent that has claimed none yet; else None."""
     number = newest_attempt(store, run_id)
     following = number + 1
     sent = submission_id(run_id, following, repeat=free_repeat(target, run_id, following))
     flights = [Flight(job=sent, attempt=following, claimed=False)]
-    if number and attempt_end(store, run_id, number) is None:
+    goes_on = number > 0 and attempt_end(store, run_id, number) is None
+    if goes_on or (number > 0 and target.restarts_jobs):
         job = str(read_attempt(store, run_id, number).get("job", ""))
-        flights.insert(0, Flight(job=job, attempt=number, claimed=True))
+        flights.insert(0, Flight(job=job, attempt=number if goes_on else following, claimed=goes_on))
     for flight in flights:
         status = target.find(flight.job)
-        if status is not None and not status.state.ended:
+        if status is not None and not status.over:
             return flight
     return None
+
+
+def _end(flight: Flight, target: Target[Any], reporter: Reporter) -> None:
+    """End a job that the next one is to take over from, so that it gives back what it holds.
+
+    Raises:
+        TimedOut: it goes on holding it.
+    """
+    reporter.say(f"Ending {flight.job}, which a new attempt takes over from …")
+    target.stop(flight.job)
+    deadline = time.monotonic() + _END_S
+    while (status := target.find(flight.job)) is not None and not status.over:
+        if time.monotonic() > deadline:
+            raise TimedOut(
+                f"{flight.job} has not ended within {_END_S:.0f} s.", next_step="Submit with --retry again in a while."
+            )
+        time.sleep(_POLL_S)
 
 
 def describe(outcome: Outcome) -> str:

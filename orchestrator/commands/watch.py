@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +60,18 @@ class Watched:
                 f"{run_id}: the cluster no longer knows its job, as after a restart of its head.",
                 next_step="Submit it again to go on from the last checkpoint.",
             )
+        if self.job.hopeless:
+            raise error_class(self.job.exit_code)(f"{run_id} cannot start: {self.job.message}.")
         if self.job.state is JobState.STOPPED:
             raise Interrupted(f"{run_id}: its job was stopped.", next_step="Submit it again to go on.")
         said = [line.removeprefix("headway: ") for line in self.log_tail.splitlines() if line.startswith("headway: ")]
         kind = error_class(self.job.exit_code)
         if said:
             raise kind(f"{run_id}: {said[-1]}", next_step=f"The whole log: headway logs {run_id}")
+        because = f" ({self.job.message})" if self.job.message else ""
         raise kind(
-            f"{run_id}: its job ended as {self.job.state} without an outcome. Its last words:\n{self.log_tail}",
+            f"{run_id}: its job ended as {self.job.state} without an outcome{because}. Its last words:\n"
+            f"{self.log_tail}",
             next_step=f"All of it: headway logs {run_id}. Submit it again to go on from the last checkpoint.",
         )
 
@@ -80,13 +85,14 @@ def watch(
     run_id: str,
     submission_id: str,
     store: Store,
-    target: Target,
+    target: Target[Any],
     reporter: Reporter,
     *,
     from_attempt: int,
     timeout_s: float | None = None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Watched:
-    """Follow a run until it has an outcome or its attempt has ended.
+    """Follow a run until it has an outcome, or its attempt has ended and no other follows by itself.
 
     Args:
         from_attempt: the first attempt whose events count; how an older one ended says nothing of this job.
@@ -108,11 +114,12 @@ def watch(
                         bar.show(event)
                     if polls % _JOB_EVERY == 0:
                         watched.job = target.find(submission_id)
+                        bar.waiting(watched.job)
                     last_seen = time.monotonic()
                 except (StoreError, TargetError):
                     if time.monotonic() - last_seen > _OUTAGE_S:
                         raise
-                if _is_over(watched, store, run_id):
+                if _is_over(watched, store, run_id, restarts_jobs=target.restarts_jobs):
                     break
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimedOut(
@@ -120,25 +127,32 @@ def watch(
                         next_step=f"Watch it again: headway submit, or headway logs -f {run_id}",
                     )
                 polls += 1
-                time.sleep(_POLL_S)
+                sleep(_POLL_S)
         except KeyboardInterrupt as e:
             raise Interrupted(
                 f"No longer watching {run_id}; it goes on.", next_step=f"To stop it: headway stop {run_id}"
             ) from e
+    if watched.job is not None and watched.job.hopeless:
+        target.stop(submission_id)
     if watched.outcome is None:
-        watched.log_tail = _tail(target, submission_id)
+        watched.log_tail = _tail(target, run_id, submission_id)
     return watched
 
 
-def _is_over(watched: Watched, store: Store, run_id: str) -> bool:
+def _is_over(watched: Watched, store: Store, run_id: str, *, restarts_jobs: bool) -> bool:
+    """Whether nothing more is to come. Where the target starts a job again, an attempt's end alone is followed by the
+    next attempt.
+    """
     job_ended = watched.job is None or watched.job.state.ended
-    if watched.ended is not None or job_ended:
-        watched.outcome = read_outcome(store, run_id)
-        return watched.outcome is not None or job_ended or watched.ended is not None
-    return False
+    if watched.ended is None and not job_ended:
+        return False
+    watched.outcome = read_outcome(store, run_id)
+    return watched.outcome is not None or job_ended or not restarts_jobs
 
 
 def _note(event: dict[str, Any], watched: Watched) -> None:
+    if watched.ended is not None and event["attempt"] > watched.ended["attempt"]:
+        watched.ended = None
     if event["kind"] == "stage_done":
         watched.stages_s[event["stage"]] = event["seconds"]
     elif event["kind"] == "step":
@@ -147,9 +161,9 @@ def _note(event: dict[str, Any], watched: Watched) -> None:
         watched.ended = event
 
 
-def _tail(target: Target, submission_id: str, *, num_lines: int = 15) -> str:
+def _tail(target: Target[Any], run_id: str, submission_id: str, *, num_lines: int = 15) -> str:
     try:
-        return "\n".join(target.logs(submission_id).splitlines()[-num_lines:])
+        return "\n".join(target.logs(run_id, submission_id).splitlines()[-num_lines:])
     except HeadwayError as e:
         return f"(its log cannot be read: {e.message})"
 
@@ -173,6 +187,7 @@ class _Bar:
         self._first_step: tuple[float, int] | None = None
         self._total_steps = 0
         self._printed_step = 0
+        self._told = ""
 
     def __enter__(self) -> _Bar:
         if self._live:
@@ -182,6 +197,14 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._progress.stop()
+
+    def waiting(self, job: JobStatus | None) -> None:
+        """Say once why a job has not begun, as the target puts it."""
+        if job is None or job.state is not JobState.PENDING or job.message in ("", self._told):
+            return
+        self._told = job.message
+        self._progress.update(self._task, description=f"waiting: {job.message}")
+        self._print(f"waiting: {job.message}")
 
     def show(self, event: dict[str, Any]) -> None:
         kind = event["kind"]

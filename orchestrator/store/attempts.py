@@ -13,9 +13,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import AlreadyExists, Fenced, NotFound
+from orchestrator.errors import AlreadyExists, AttemptsUsedUp, Fenced, NotFound
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
+
+POD_ENDS = "its pod is being ended"
+"""The reason of a stop that a pod asks for while Kubernetes ends it: the run is to go on in another one."""
 
 _NUMBERED = r"(\d+)\.json"
 _GROUP = r"\.group-(\d+)\.json"
@@ -46,6 +49,37 @@ class WorkerGroup:
     @property
     def run_id(self) -> str:
         return self.attempt.run_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """The attempts that one job may make where a system starts it again and again, as KubeRay does."""
+
+    job_id: str
+    first: int
+    """The number that its first attempt was to claim."""
+    max_attempts: int
+
+
+def require_turn(store: Store, run_id: str, allowance: Allowance) -> None:
+    """Check before a claim that it is still this job's turn. A stopped attempt costs nothing: it was saved.
+
+    Raises:
+        Fenced: another job works on the run by now. AttemptsUsedUp: so many failed already.
+    """
+    failures = []
+    for number in range(allowance.first, newest_attempt(store, run_id) + 1):
+        job = str(read_attempt(store, run_id, number).get("job", ""))
+        if job != allowance.job_id:
+            raise Fenced(f"{allowance.job_id} gives way: {job} works on {run_id} by now, as attempt {number}.")
+        end = attempt_end(store, run_id, number) or {"state": "failed", "reason": "it died without a word"}
+        if end["state"] == "failed":
+            failures.append(str(end["reason"]))
+    if len(failures) >= allowance.max_attempts:
+        raise AttemptsUsedUp(
+            f"{run_id}: {len(failures)} attempts failed, the last one because: {failures[-1]}",
+            next_step="Mend that, then submit it again to go on from the last checkpoint.",
+        )
 
 
 def claim_attempt(store: Store, run_id: str, *, facts: dict[str, Any]) -> Attempt:

@@ -31,6 +31,11 @@ def dataset_manifest(name: str, fingerprint: str) -> str:
     return f"{dataset(name, fingerprint)}manifest.json"
 
 
+# code/<digest>.zip
+def code(digest: str) -> str:
+    return f"code/{digest}.zip"
+
+
 # runs/<run-id>/…
 def run(run_id: str) -> str:
     return f"runs/{run_id}/"
@@ -66,6 +71,10 @@ def attempt_end(run_id: str, value: int) -> str:
 
 def events(run_id: str) -> str:
     return f"runs/{run_id}/events/"
+
+
+def logs(run_id: str) -> str:
+    return f"runs/{run_id}/logs/"
 
 
 def checkpoints(run_id: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from orchestrator.package import Package
-from orchestrator.render import JobRequest
+from orchestrator.render import AttemptRequest
+from orchestrator.spec import ResourcesSpec
 
 
 class JobState(StrEnum):
@@ -31,6 +32,13 @@ class JobStatus:
     message: str
     exit_code: int | None = None
     """The entrypoint's own, once it has ended by itself: Headway's exit codes are in ``errors``."""
+    hopeless: bool = False
+    """It cannot begin, yet what it holds is not given back until it is stopped."""
+
+    @property
+    def over(self) -> bool:
+        """It has ended, and holds nothing."""
+        return self.state.ended and not self.hopeless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +59,41 @@ class Capacity:
     """Ray's name of the commonest accelerator, such as ``A100``."""
 
 
-class Target(Protocol):
+class Request(Protocol):
+    """What a target takes, ready to be sent."""
+
+    @property
+    def submission_id(self) -> str: ...
+
+    def body(self) -> dict[str, Any]:
+        """Exactly what is sent, as JSON."""
+        ...
+
+
+Sent = TypeVar("Sent", bound=Request)
+
+
+class Target(Protocol[Sent]):
     """Where attempts execute.
 
     Raises:
         TargetError: from every method, where the system behind it refuses or cannot be reached.
     """
 
-    def capacity(self) -> Capacity: ...
+    restarts_jobs: bool
+    """Whether a job that failed is started again, so that the end of an attempt is not the end of its job."""
 
-    def submit(self, request: JobRequest, package: Package | None = None) -> Submission: ...
+    def capacity(self, resources: ResourcesSpec) -> Capacity:
+        """What there is for a run that asks for these.
+
+        Raises:
+            SpecError: they can never be had here.
+        """
+        ...
+
+    def render(self, attempt: AttemptRequest) -> Sent: ...
+
+    def submit(self, request: Sent, package: Package | None = None) -> Submission: ...
 
     def status(self, submission_id: str) -> JobStatus: ...
 
@@ -68,9 +101,9 @@ class Target(Protocol):
         """Like :meth:`status`, but None where there is no such job."""
         ...
 
-    def logs(self, submission_id: str) -> str: ...
+    def logs(self, run_id: str, submission_id: str) -> str: ...
 
-    def follow(self, submission_id: str) -> Iterator[str]:
+    def follow(self, run_id: str, submission_id: str) -> Iterator[str]:
         """New pieces of the log as they come, until the job has ended."""
         ...
 

@@ -16,7 +16,8 @@ import httpx
 
 from orchestrator.errors import TargetError, TimedOut, UsageError
 from orchestrator.package import Package
-from orchestrator.render import JobRequest, package_uri
+from orchestrator.render import AttemptRequest, JobRequest, job_request, package_uri
+from orchestrator.spec import ResourcesSpec
 from orchestrator.targets import ray_token
 from orchestrator.targets.base import Capacity, JobState, JobStatus, Submission
 
@@ -89,6 +90,8 @@ class RayHttp:
 class JobsApiTarget:
     """Attempts as Ray jobs. A token that is not given comes from ``RAY_AUTH_TOKEN`` or, on this machine, Ray's file."""
 
+    restarts_jobs = False
+
     def __init__(
         self,
         url: str,
@@ -119,13 +122,17 @@ class JobsApiTarget:
             )
         return found
 
-    def capacity(self) -> Capacity:
+    def capacity(self, _resources: ResourcesSpec | None = None) -> Capacity:
+        """What all of its nodes have."""
         answer = self._ray.json("GET", "/api/v0/nodes", params={"detail": 1, "limit": 10_000})
         try:
             nodes = answer["data"]["result"]["result"]
             return capacity_of([node["resources_total"] for node in nodes if node["state"] == "ALIVE"])
         except (KeyError, TypeError) as e:
             raise TargetError(f"Ray at {self.url} describes its nodes in an unknown form ({e!r}).") from e
+
+    def render(self, attempt: AttemptRequest) -> JobRequest:
+        return job_request(attempt)
 
     def submit(self, request: JobRequest, package: Package | None = None) -> Submission:
         """Upload the package if the cluster lacks it, then submit. Submitting an id twice is safe.
@@ -137,7 +144,7 @@ class JobsApiTarget:
             self._upload(package)
         deadline = self._clock() + _AGENT_TIMEOUT_S
         while True:
-            answer = self._ray.send("POST", "/api/jobs/", json=request.model_dump(mode="json"))
+            answer = self._ray.send("POST", "/api/jobs/", json=request.body())
             if answer.status_code == 200:
                 return Submission(submission_id=request.submission_id, created=True)
             if "already exists" in answer.text:
@@ -175,14 +182,14 @@ class JobsApiTarget:
         except (ValueError, KeyError) as e:
             raise TargetError(f"Ray at {self.url} describes {submission_id} in an unknown form ({e!r}).") from e
 
-    def logs(self, submission_id: str) -> str:
+    def logs(self, _run_id: str, submission_id: str) -> str:
         """The whole log so far."""
         answer = self._ray.send("GET", f"/api/jobs/{submission_id}/logs")
         if answer.status_code == 404:
             raise self._forgotten(submission_id)
         return str(self._ray.parsed(answer).get("logs") or "")
 
-    def follow(self, submission_id: str) -> Iterator[str]:
+    def follow(self, run_id: str, submission_id: str) -> Iterator[str]:
         """New text as it comes, until the job has ended and all of its log is read.
 
         Ray streams logs over a websocket only; this asks for the log again, less often while nothing comes.
@@ -191,7 +198,7 @@ class JobsApiTarget:
         pause_s = _POLL_S[0]
         while True:
             ended = self.status(submission_id).state.ended  # before the log: then the log read after it is whole
-            text = self.logs(submission_id)
+            text = self.logs(run_id, submission_id)
             new, seen = text[seen:], max(seen, len(text))
             if new:
                 yield new

@@ -14,8 +14,10 @@ import typer
 import yaml
 
 from orchestrator import cli, errors
+from orchestrator.document import check
 from orchestrator.spec import json_schema, parse
 from orchestrator.store import layout
+from orchestrator.target_settings import Pool, S3Settings, TargetSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -100,6 +102,25 @@ def test_run_files_parse(path: Path) -> None:
     for language, text in fences(path):
         if language == "yaml":  # a "yaml fragment" is a part of one
             parse(yaml.safe_load(text), source=f"a run file in {path.name}")
+
+
+@each_document
+def test_target_settings_parse(path: Path) -> None:
+    for language, text in fences(path):
+        if language == "yaml target":
+            check(TargetSettings, yaml.safe_load(text), source=path.name, compare="", all_fields="")
+
+
+def test_the_example_of_target_settings_has_every_field_with_its_default() -> None:
+    """But where it says more than a default: what is required, and the pools."""
+    path = ROOT / "k8s" / "target.example.yaml"
+    document, settings = yaml.safe_load(path.read_text()), load_settings(path)
+    assert set(document) == set(TargetSettings.model_fields)
+    for name, field in TargetSettings.model_fields.items():
+        if not field.is_required() and name not in ("s3", "head", "server"):
+            assert getattr(settings, name) == field.default, name
+    assert set(document["pools"]["h100"]) == set(Pool.model_fields)
+    assert set(document["s3"]) == set(S3Settings.model_fields)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
@@ -203,6 +224,7 @@ def test_files_named_in_prose_exist(path: Path) -> None:
 def test_every_object_of_the_layout_is_in_the_picture() -> None:
     picture = next(text for language, text in fences(ROOT / "docs" / "concepts.md") if "runs/<run-id>" in text)
     words = {"run_id": "<run-id>", "name": "<name>", "model": "<model>", "fingerprint": "<fingerprint>"}
+    words["digest"] = "<digest>"
     for name, function in inspect.getmembers(layout, inspect.isfunction):
         parameters = inspect.signature(function).parameters
         if name in ("number", "last_number"):

@@ -25,7 +25,7 @@ from orchestrator.targets.seaweedfs import Keys, S3Ports
 from tests.command_line import Said, environment, finish, headway, start
 
 COMMANDS = ["demo", "up", "down", "doctor", "init", "schema", "plan", "run", "submit", "status", "logs", "stop"]
-COMMANDS += ["list", "show", "serve", "verify", "export"]
+COMMANDS += ["list", "show", "serve", "verify", "export", "dashboard"]
 HEAVY = ("ray", "torch", "deepspeed", "transformers")
 HELP_LIMIT_S, PLAN_LIMIT_S = 0.3, 0.6
 NUM_TIMED, NUM_SERIES = 5, 3
@@ -94,7 +94,9 @@ def test_version(run: Cli) -> None:
         (["up", "--s3-port"], ["--s3-port"]),
         (["list", "pods"], ["'pods'", "runs, models, datasets, checkpoints"]),
         (["list", "checkpoints"], ["needs a run"]),
-        (["plan", "run.yaml", "--target", "kubernetes:"], ["--target 'kubernetes:'", "http://"]),
+        (["plan", "run.yaml", "--target", "nomad"], ["--target 'nomad'", "http://", "kubernetes:PATH"]),
+        (["plan", "run.yaml", "--target", "kubernetes"], ["target settings at target.yaml", "target.example.yaml"]),
+        (["plan", "run.yaml", "--target", "kubernetes:a.yaml"], ["target settings at a.yaml"]),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])

@@ -116,7 +116,7 @@ def test_following_yields_only_what_is_new_and_ends_with_the_job():
             "GET /api/jobs/j/logs": [(200, {"logs": t}) for t in ("", "one\n", "one\n", "one\ntwo\n")],
         }
     )
-    assert list(ray.target().follow("j")) == ["one\n", "two\n"]
+    assert list(ray.target().follow("run-1", "j")) == ["one\n", "two\n"]
     assert ray.slept == [0.75, 0.5, 0.75]
 
 

@@ -1,0 +1,138 @@
+"""Attempts as RayJobs on a Kubernetes cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from orchestrator.errors import TargetError
+from orchestrator.package import Package
+from orchestrator.record.logs import LogReader
+from orchestrator.render import AttemptRequest, RayJobRequest, ray_job
+from orchestrator.render.pods import RUN_LABEL
+from orchestrator.render.ray_job import num_pods
+from orchestrator.spec import ResourcesSpec
+from orchestrator.store import Store
+from orchestrator.store.code import upload_code
+from orchestrator.target_settings import TargetSettings, amount
+from orchestrator.targets.base import Capacity, JobStatus, Submission
+from orchestrator.targets.kubernetes.client import RAY_JOBS, KubernetesClient, Object
+from orchestrator.targets.kubernetes.reasons import job_status
+
+_POLL_S = 2.0
+_LAST_WORDS_S = 30.0
+
+
+class KubernetesTarget:
+    """One namespace, by the settings of ``target.yaml``.
+
+    Args:
+        store: where the working directory goes and the logs come from; the same one that pods use.
+    """
+
+    restarts_jobs = True
+
+    def __init__(
+        self,
+        settings: TargetSettings,
+        store: Callable[[], Store],
+        *,
+        client: KubernetesClient,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.settings, self.client = settings, client
+        self._store, self._sleep = store, sleep
+
+    def capacity(self, resources: ResourcesSpec) -> Capacity:
+        return stated_capacity(self.settings, resources)
+
+    def render(self, attempt: AttemptRequest) -> RayJobRequest:
+        return ray_job(attempt, self.settings)
+
+    def submit(self, request: RayJobRequest, package: Package | None = None) -> Submission:
+        """Put the working directory into the store, then create the RayJob. Submitting an id twice is safe."""
+        if package is not None:
+            upload_code(self._store(), digest=package.digest, data=package.data)
+        created = self.client.create(RAY_JOBS, request.body())
+        return Submission(submission_id=request.submission_id, created=created)
+
+    def status(self, submission_id: str) -> JobStatus:
+        found = self.find(submission_id)
+        if found is None:
+            raise TargetError(
+                f"Namespace {self.settings.namespace} has no RayJob {submission_id}.",
+                next_step="It was deleted; the run itself is in the store. Submit it again to go on.",
+            )
+        return found
+
+    def find(self, submission_id: str) -> JobStatus | None:
+        job = self.client.get(RAY_JOBS, submission_id) if submission_id else None
+        if job is None:
+            return None
+        without_pods = job_status(job)
+        if without_pods.state.ended:
+            return without_pods
+        cluster = (job.get("status") or {}).get("rayClusterName", "")
+        return job_status(
+            job,
+            pods=self.client.pods(f"ray.io/cluster={cluster}") if cluster else [],
+            workloads=self.client.workloads() if job["spec"].get("suspend") else [],
+            events=[*self.client.events(submission_id), *(self.client.events(cluster) if cluster else [])],
+        )
+
+    def logs(self, run_id: str, submission_id: str) -> str:
+        """The driver's log as it is in the store: some seconds behind while it runs, and whole when it has ended."""
+        status = self.find(submission_id)
+        if status is not None and status.state.ended:
+            self._wait_for_last_words(run_id)
+        log = LogReader(self._store(), run_id).follow(submission_id)
+        return "".join([*log.poll(), *log.finish()])
+
+    def follow(self, run_id: str, submission_id: str) -> Iterator[str]:
+        log = LogReader(self._store(), run_id).follow(submission_id)
+        told = ""
+        while True:
+            status = self.find(submission_id)
+            pieces = list(log.poll())
+            yield from pieces
+            if status is None or status.state.ended:
+                break
+            if not pieces and status.message != told:
+                told = status.message
+                yield f"[{status.state}: {told}]\n"
+            self._sleep(_POLL_S)
+        self._wait_for_last_words(run_id)
+        yield from log.finish()
+
+    def stop(self, submission_id: str) -> bool:
+        """Delete the RayJob. KubeRay stops its job first, which saves and ends within the pods' grace."""
+        return self.client.delete(RAY_JOBS, submission_id)
+
+    def head_pod(self, run_id: str) -> Object | None:
+        """The head pod of a run that is under way."""
+        heads = self.client.pods(f"{RUN_LABEL}={run_id},ray.io/node-type=head")
+        alive = [pod for pod in heads if not pod["metadata"].get("deletionTimestamp")]
+        return max(alive, key=lambda pod: str(pod["metadata"]["creationTimestamp"]), default=None)
+
+    def _wait_for_last_words(self, run_id: str) -> None:
+        """Wait until the pods of a run that has ended are gone: what they still had to say is in the store then."""
+        for _ in range(int((self.settings.keep_finished + _LAST_WORDS_S) / _POLL_S)):
+            if not self.client.pods(f"{RUN_LABEL}={run_id}"):
+                return
+            self._sleep(_POLL_S)
+
+
+def stated_capacity(settings: TargetSettings, resources: ResourcesSpec) -> Capacity:
+    """What ``target.yaml`` has for a run that asks for these. Pure: no cluster is asked.
+
+    Raises:
+        SpecError: it has no such pool, or too little of it.
+    """
+    name, pool = settings.pool_of(resources.gpu)
+    num_pods(resources, name, pool)
+    return Capacity(
+        num_cpus=pool.max_pods * amount(pool.size.cpu),
+        num_gpus=pool.max_pods * pool.gpus_per_pod,
+        memory_bytes=int(pool.max_pods * amount(pool.size.memory)),
+        gpu_kind=name.upper() if pool.gpus_per_pod else None,
+    )

@@ -1,0 +1,72 @@
+"""A worker process, a worker pod and the head, lost one after the other in one run of the demo's run file.
+
+It ends done, with the losses of the unbroken run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.store.attempts import newest_attempt
+from tests.cluster.installed import Installed
+from tests.cluster.layout import NAMESPACE
+from tests.cluster.runs import STEPS, Submitted, submit
+
+EVERY = 20
+
+
+@pytest.fixture(scope="module")
+def broken(cluster: Installed, directory: Path, prefix: str, road: Submitted) -> Iterator[Submitted]:
+    road.finish().assert_done()  # it has the GPUs until then
+    with submit(cluster, directory, f"{prefix}/broken") as submitted:
+        yield submitted
+
+
+def kill_worker_process(run: Submitted) -> None:
+    pod = run.pods("worker")[0]["metadata"]["name"]
+    kill = "kill -9 $(pgrep -f '^ray::RayTrainWorker|^ray::_RayTrainWorker' | head -1)"
+    run.cluster.kubectl("-n", NAMESPACE, "exec", pod, "-c", "ray", "--", "bash", "-c", kill)
+
+
+def delete_worker_pod(run: Submitted) -> None:
+    pod = run.pods("worker")[-1]["metadata"]["name"]
+    run.cluster.kubectl("-n", NAMESPACE, "delete", "pod", pod, "--wait=false")
+
+
+def delete_head_pod(run: Submitted) -> None:
+    (head,) = run.pods("head")
+    run.cluster.kubectl("-n", NAMESPACE, "delete", "pod", head["metadata"]["name"], "--wait=false")
+
+
+def test_a_killed_worker_process(broken: Submitted) -> None:
+    broken.wait_for_step(EVERY + 2, group=1)
+    kill_worker_process(broken)
+    broken.wait_for_step(2 * EVERY + 2, group=2)
+    assert broken.events("training")[1]["first_step"] >= EVERY
+
+
+def test_a_deleted_worker_pod(broken: Submitted) -> None:
+    started = len(broken.events("training"))
+    delete_worker_pod(broken)
+    broken.wait_for_step(3 * EVERY + 2, group=started + 1)
+    assert broken.events("training")[-1]["first_step"] >= 2 * EVERY
+    assert newest_attempt(broken.store, broken.run_id) == 1
+
+
+def test_a_deleted_head_pod(broken: Submitted) -> None:
+    started = len(broken.events("training"))
+    delete_head_pod(broken)
+    broken.wait_for_step(STEPS - EVERY, group=started + 1)
+    assert broken.events("training")[-1]["first_step"] >= 3 * EVERY
+    assert newest_attempt(broken.store, broken.run_id) == 2
+
+
+def test_the_run_ends_done_with_the_losses_of_the_unbroken_one(broken: Submitted, road: Submitted) -> None:
+    said = broken.finish().assert_done()
+    assert "is done" in said.out
+    assert len(broken.ray_jobs()) == 1
+    road.finish().assert_done()
+    assert broken.losses() == pytest.approx(road.losses(), rel=1e-3)
