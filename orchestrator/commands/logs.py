@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from orchestrator.commands.context import find_store, find_target
-from orchestrator.commands.show import resolve_run
+from orchestrator.commands.show import resolve_run, resolve_submitted
 from orchestrator.commands.submit import in_flight
 from orchestrator.errors import HeadwayError, TimedOut, UsageError
 from orchestrator.record.logs import LogReader
@@ -60,7 +60,7 @@ def stored_logs(run_id: str, file: str | None, *, store_uri: str | None, reporte
 
 def stop(run_id: str, *, target: str, store_uri: str | None, timeout_s: float, reporter: Reporter) -> Result:
     cluster, store = find_target(target, store_uri), find_store(store_uri)
-    run_id = resolve_run(store, run_id)
+    run_id = resolve_submitted(store, cluster, run_id)
     return stop_run(run_id, store, cluster, timeout_s=timeout_s, reporter=reporter)
 
 

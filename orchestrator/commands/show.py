@@ -20,6 +20,7 @@ from orchestrator.release.versions import list_versions, read_version
 from orchestrator.reporter import Result
 from orchestrator.store import Store, layout
 from orchestrator.store.attempts import attempt_end, newest_attempt, read_attempt
+from orchestrator.targets.base import JobStatus, Target
 
 Rows = list[dict[str, Any]]
 _EARLIEST_S = 1e9  # a figure above this is a time in seconds since 1970
@@ -60,7 +61,13 @@ def show(name: str, *, store_uri: str | None) -> Result:
 def status(run_id: str, *, target: str, store_uri: str | None) -> Result:
     """Where a run stands. The target is asked only where one is given and the run has no outcome."""
     store = find_store(store_uri)
-    run_id = resolve_run(store, run_id)
+    try:
+        run_id = resolve_run(store, run_id)
+    except UsageError:
+        waiting = _submitted(target, store, run_id) if target else None
+        if waiting is None:
+            raise
+        return waiting, _lines(waiting)
     facts: dict[str, Any] = {"run_id": run_id, **_state(store, run_id)}
     events = EventReader(store, run_id).poll()
     steps = [event for event in events if event["kind"] == "step"]
@@ -91,6 +98,36 @@ def resolve_run(store: Store, name: str) -> str:
     return max(found, key=lambda run: _started_s(store, run))
 
 
+def resolve_submitted(store: Store, target: Target[Any], name: str) -> str:
+    """As :func:`resolve_run`, for a run too that waits on the target and is in no store yet."""
+    try:
+        return resolve_run(store, name)
+    except UsageError:
+        found = _newest_submitted(target, name)
+        if found is None:
+            raise
+        return found[0]
+
+
+def _newest_submitted(target: Target[Any], name: str) -> tuple[str, str] | None:
+    """The newest run of this id or name that the target knows, and its job."""
+    found = [(run, job) for run, job in target.runs().items() if name in (run, run.rpartition("-")[0])]
+    return found[-1] if found else None
+
+
+def _submitted(target: str, store: Store, name: str) -> dict[str, Any] | None:
+    """What is known of a run without an attempt; None where the target knows none of that name, or is not there."""
+    try:
+        cluster = find_target(target, store.uri)
+        found = _newest_submitted(cluster, name)
+        status = cluster.find(found[1]) if found else None
+    except HeadwayError:
+        return None
+    if found is None:
+        return None
+    return {"run_id": found[0], "state": "waiting", "attempts": 0, "job": found[1], "job_state": _in_words(status)}
+
+
 def resolve_checkpoints(store: Store, name: str) -> str:
     """As :func:`resolve_run`, for a loop of one's own too, which has checkpoints and no run file."""
     return name if committed(store, name) else resolve_run(store, name)
@@ -118,9 +155,13 @@ def _job_state(target: str, store: Store, job: str) -> str:
         found = find_target(target, store.uri).find(job)
     except HeadwayError as e:
         return f"unknown: {e.message}"
-    if found is None:
+    return _in_words(found)
+
+
+def _in_words(status: JobStatus | None) -> str:
+    if status is None:
         return "gone: the cluster knows no such job"
-    return f"{found.state}: {found.message}" if found.message else str(found.state)
+    return f"{status.state}: {status.message}" if status.message else str(status.state)
 
 
 def _runs(store: Store) -> Rows:

@@ -101,6 +101,12 @@ class Target(Protocol[Sent]):
         """Like :meth:`status`, but None where there is no such job."""
         ...
 
+    def runs(self) -> dict[str, str]:
+        """The newest job of each run that the target knows, by the run's id, oldest first: a run that waits for its
+        place is in no store yet.
+        """
+        ...
+
     def logs(self, run_id: str, submission_id: str) -> str: ...
 
     def follow(self, run_id: str, submission_id: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -181,6 +182,14 @@ class JobsApiTarget:
             )
         except (ValueError, KeyError) as e:
             raise TargetError(f"Ray at {self.url} describes {submission_id} in an unknown form ({e!r}).") from e
+
+    def runs(self) -> dict[str, str]:
+        jobs = self._ray.json("GET", "/api/jobs/")
+        try:
+            sent = [(job["start_time"] or 0, job) for job in jobs if (job.get("metadata") or {}).get("headway_run")]
+            return {job["metadata"]["headway_run"]: job["submission_id"] for _, job in sorted(sent, key=itemgetter(0))}
+        except (KeyError, TypeError, AttributeError) as e:
+            raise TargetError(f"Ray at {self.url} lists its jobs in an unknown form ({e!r}).") from e
 
     def logs(self, _run_id: str, submission_id: str) -> str:
         """The whole log so far."""

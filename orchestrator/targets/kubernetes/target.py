@@ -80,6 +80,12 @@ class KubernetesTarget:
             events=[*self.client.events(submission_id), *(self.client.events(cluster) if cluster else [])],
         )
 
+    def runs(self) -> dict[str, str]:
+        jobs = [job["metadata"] for job in self.client.list_all(RAY_JOBS) or []]
+        ours = [each for each in jobs if RUN_LABEL in (each.get("labels") or {})]
+        ours.sort(key=lambda each: str(each["creationTimestamp"]))
+        return {each["labels"][RUN_LABEL]: str(each["name"]) for each in ours}
+
     def logs(self, run_id: str, submission_id: str) -> str:
         """The driver's log as it is in the store: some seconds behind while it runs, and whole when it has ended."""
         status = self.find(submission_id)

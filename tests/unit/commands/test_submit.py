@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.commands.logs import stop_run
 from orchestrator.commands.request import build_request, free_repeat
+from orchestrator.commands.show import resolve_submitted
 from orchestrator.commands.submit import in_flight, send
 from orchestrator.commands.watch import Watched, watch
-from orchestrator.errors import AttemptFailed, EnvironmentUnusable, HeadwayError, Interrupted, SpecError
+from orchestrator.errors import AttemptFailed, EnvironmentUnusable, HeadwayError, Interrupted, SpecError, UsageError
 from orchestrator.package import Package
 from orchestrator.record import EventLog
 from orchestrator.release.outcome import Outcome, commit_outcome
@@ -65,6 +67,12 @@ class FakeTarget:
 
     def find(self, submission_id: str) -> JobStatus | None:
         return self.jobs.get(submission_id)
+
+    def runs(self) -> dict[str, str]:
+        return {request.manifest["metadata"]["labels"]["headway.dev/run"]: job for job, request in self.by_id().items()}
+
+    def by_id(self) -> dict[str, RayJobRequest]:
+        return {request.submission_id: request for request, _ in self.sent if request.submission_id in self.jobs}
 
     def logs(self, run_id: str, submission_id: str) -> str:
         return self.log
@@ -151,6 +159,28 @@ def test_an_id_that_an_ended_job_has_is_not_taken_again(memory_store: MemoryStor
     target.jobs = {f"{run}-00001": FAILED, f"{run}-1-1": SUCCEEDED}
     assert free_repeat(target, run, 1) == 2
     assert sent(folder, memory_store, target).submission_id == f"{run}-1-2"
+
+
+# -- a run that waits for its place, and is in no store yet
+
+
+def test_it_is_found_by_its_id_and_by_its_name(memory_store: MemoryStore, folder: Path) -> None:
+    target = FakeTarget()
+    found = sent(folder, memory_store, target)
+    for name in (found.run_id, found.run_id.rpartition("-")[0]):
+        assert resolve_submitted(memory_store, target, name) == found.run_id
+    with pytest.raises(UsageError, match="There is no run 'other'"):
+        resolve_submitted(memory_store, target, "other")
+
+
+def test_it_is_stopped_without_a_request_that_would_stop_the_next_attempt(
+    memory_store: MemoryStore, folder: Path
+) -> None:
+    target = FakeTarget()
+    found = sent(folder, memory_store, target)
+    facts, _ = stop_run(found.run_id, memory_store, target, timeout_s=5.0, reporter=Reporter())
+    assert (facts["state"], target.stopped) == ("stopped", [found.submission_id])
+    assert not [key for key in memory_store.objects if key.endswith("stop.json")]
 
 
 # -- attaching

@@ -194,3 +194,17 @@ def test_a_token_is_sent_and_its_refusal_named():
 def test_an_address_that_is_none(url):
     with pytest.raises(UsageError, match="not the address of a Ray dashboard"):
         JobsApiTarget(url)
+
+
+def test_runs_are_known_by_the_newest_of_their_jobs():
+    def job(submission_id, run, start_time):
+        metadata = {"headway_run": run} if run else None
+        return {"submission_id": submission_id, "metadata": metadata, "start_time": start_time}
+
+    jobs = [job("a-2", "a", 20), job("b-1", "b", 30), job("a-1", "a", 10), job("raysubmit_1", None, 40)]
+    assert fake({"GET /api/jobs/": [(200, jobs)]}).target().runs() == {"a": "a-2", "b": "b-1"}
+
+
+def test_a_list_of_jobs_in_an_unknown_form():
+    with pytest.raises(TargetError, match="lists its jobs in an unknown form"):
+        fake({"GET /api/jobs/": [(200, [{"metadata": {"headway_run": "a"}}])]}).target().runs()

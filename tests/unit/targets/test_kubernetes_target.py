@@ -46,6 +46,9 @@ class FakeClient:
         assert plural == "rayjobs"
         return self.objects.get(name)
 
+    def list_all(self, plural: str) -> list[Object] | None:
+        return list(self.objects.values())
+
     def delete(self, plural: str, name: str) -> bool:
         return self.objects.pop(name, None) is not None
 
@@ -257,3 +260,21 @@ def test_the_head_of_a_run_is_the_newest_that_is_not_going_away(memory_store: Me
     assert target.head_pod(RUN) is heads[1]
     assert client.asked == [f"pods headway.dev/run={RUN},ray.io/node-type=head"]
     assert FakeClient().target(memory_store).head_pod(RUN) is None
+
+
+def test_runs_are_known_by_the_newest_of_their_jobs() -> None:
+    client = FakeClient()
+    jobs = [
+        ("a-00000001-00002", "a-00000001", 2),
+        ("b-00000002-00001", "b-00000002", 3),
+        ("a-00000001-00001", "a-00000001", 1),
+    ]
+    for name, run, age in jobs:
+        created = f"2026-03-01T10:00:0{age}Z"
+        labels = {"headway.dev/run": run}
+        client.objects[name] = {"metadata": {"name": name, "labels": labels, "creationTimestamp": created}}
+    client.objects["other"] = {"metadata": {"name": "other", "creationTimestamp": "2026-03-01T10:00:09Z"}}
+    assert list(client.target(MemoryStore()).runs().items()) == [
+        ("a-00000001", "a-00000001-00002"),
+        ("b-00000002", "b-00000002-00001"),
+    ]
