@@ -71,6 +71,7 @@ class Start:
 POINTS = {
     "created": "the RayJob exists",
     "placed": "its last pod has a node",
+    "head": "Ray starts in its head",
     "ray": "Ray starts in its last pod",
     "ready": "its last pod is ready",
     "job": "KubeRay has submitted the job",
@@ -144,7 +145,9 @@ class Bench:
         (head,) = self.cluster.objects("pods", f"{RUN_LABEL}={name},ray.io/node-type=head")
         log = f"/tmp/ray/session_latest/logs/job-driver-{manifest['metadata']['name']}.log"
         said = self.cluster.kubectl("-n", NAMESPACE, "exec", head["metadata"]["name"], "-c", "ray", "--", "cat", log)
-        times_s = json.loads(said.strip().splitlines()[-1])
+        # Ray puts the name of the process before a worker's line.
+        printed = [json.loads(line[line.index("{") :]) for line in said.splitlines() if '{"times_s"' in line]
+        times_s = {point: at_s for each in printed for point, at_s in each["times_s"].items()}
         return _start(begun_s, {**self._pod_times_s(name), **times_s})
 
     def _succeeded(self, run: str) -> bool:
@@ -158,11 +161,17 @@ class Bench:
         (job,) = self.cluster.objects("rayjobs", f"{RUN_LABEL}={run}")
         pods = self.cluster.objects("pods", f"{RUN_LABEL}={run}")
         conditions = [{each["type"]: each for each in pod["status"]["conditions"]} for pod in pods]
-        ray = [each for pod in pods for each in pod["status"]["containerStatuses"] if each["name"] == "ray"]
+        started = {
+            pod["metadata"]["labels"]["ray.io/node-type"]: _time_s(status["state"]["running"]["startedAt"])
+            for pod in pods
+            for status in pod["status"]["containerStatuses"]
+            if status["name"] == "ray"
+        }
         return {
             "created": _time_s(job["metadata"]["creationTimestamp"]),
             "placed": max(_time_s(each["PodScheduled"]["lastTransitionTime"]) for each in conditions),
-            "ray": max(_time_s(each["state"]["running"]["startedAt"]) for each in ray),
+            "head": started["head"],
+            "ray": max(started.values()),
             "ready": max(_time_s(each["Ready"]["lastTransitionTime"]) for each in conditions),
             "job": _time_s(job["status"]["rayJobInfo"]["startTime"]),
         }
