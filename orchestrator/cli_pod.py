@@ -47,6 +47,7 @@ def ship_logs(
 def save_and_stop(
     run: Annotated[str, typer.Option(help="The run's id.", show_default=False)],
     job: Annotated[str, typer.Option(help="The job's submission id.", show_default=False)],
+    pod: Annotated[str | None, typer.Option(envvar="POD_NAME", help="The pod's name.")] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait for the attempt to end.")] = 100.0,
     store: StoreUri = None,
     json: Json = False,
@@ -55,4 +56,4 @@ def save_and_stop(
     from orchestrator.commands.pod import save_and_stop as command
 
     reporter = Reporter(json_mode=json)
-    reporter.result(*command(run, job=job, timeout_s=timeout_s, store_uri=store, reporter=reporter))
+    reporter.result(*command(run, job=job, pod=pod, timeout_s=timeout_s, store_uri=store, reporter=reporter))

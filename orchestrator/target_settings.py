@@ -1,7 +1,7 @@
 """``target.yaml``: what a Kubernetes cluster offers to runs. Pure but for :func:`load_settings`, which reads one file.
 
 The run file says what to train, this file where: written once per cluster, by whoever runs it. Every field with its
-default is in docs/kubernetes.md.
+default is in k8s/target.example.yaml.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class Deadlines(Part):
     """Seconds; null sets none."""
 
     start: Seconds | None = None
-    """From admission to the job's start."""
+    """From admission to the job's start, on each cluster that the run gets."""
     run: Seconds | None = None
-    """Of a whole RayJob, retries included."""
+    """Of each cluster that the run gets."""
 
 
 class TargetSettings(Part):

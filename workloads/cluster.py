@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from orchestrator.errors import AttemptFailed, HeadwayError, TargetError
+from orchestrator.render.ray_job import POOL_VARIABLE
 from workloads.train import TrainJob, worker
 from workloads.watchdog import guarded
 
@@ -71,7 +72,7 @@ def fit(job: TrainJob, name: str, *, say: Callable[[str], None], note: Callable[
                 num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
                 use_gpu=resources.gpu is not None,
                 resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.gpu else {})},
-                accelerator_type=resources.gpu if resources.gpu not in (None, "any") else None,
+                accelerator_type=_accelerator_type(resources.gpu, os.environ),
             ),
             run_config=ray.train.RunConfig(
                 name=name,
@@ -87,6 +88,11 @@ def fit(job: TrainJob, name: str, *, say: Callable[[str], None], note: Callable[
                 f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
                 next_step=f"See the workers' own words: headway logs {name}",
             ) from e
+
+
+def _accelerator_type(gpu: str | None, environ: Mapping[str, str]) -> str | None:
+    """The kind of GPU to ask Ray for; None where any will do, or a pool was chosen already (render/ray_job.py)."""
+    return None if gpu in (None, "any") or environ.get(POOL_VARIABLE) else gpu
 
 
 @contextmanager

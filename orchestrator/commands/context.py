@@ -54,7 +54,7 @@ def find_target(name: str, store_uri: str | None) -> Target[Any]:
 def find_ray(name: str) -> JobsApiTarget:
     """The Ray cluster that ``--target`` names."""
     if name.startswith(("http://", "https://")):
-        return JobsApiTarget(name)
+        return JobsApiTarget(name, flag=f" --target {name}")
     if name != "local":
         raise UsageError(
             f"--target {name!r} is not a target here.",
@@ -74,7 +74,7 @@ def find_kubernetes(name: str, store_uri: str | None) -> KubernetesTarget:
 
     settings = kubernetes_settings(name)
     client = KubernetesClient(settings.namespace, context=settings.context)
-    return KubernetesTarget(settings, lambda: find_store(store_uri), client=client)
+    return KubernetesTarget(settings, lambda: find_store(store_uri), client=client, flag=f" --target {name}")
 
 
 def kubernetes_settings(name: str) -> TargetSettings:

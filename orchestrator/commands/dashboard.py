@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from orchestrator.commands.context import find_kubernetes, find_ray, find_store, is_kubernetes
-from orchestrator.commands.show import resolve_run
+from orchestrator.commands.show import resolve_submitted
 from orchestrator.errors import TargetError
 from orchestrator.reporter import Reporter
 from orchestrator.targets.kubernetes.forward import forwarded
@@ -42,7 +42,7 @@ def dashboard(
         open_url(url)
         return
     cluster = find_kubernetes(target, store_uri)
-    run_id = resolve_run(find_store(store_uri), run_id)
+    run_id = resolve_submitted(find_store(store_uri), cluster, run_id)
     secret, namespace = cluster.settings.token_secret, cluster.settings.namespace
     token = _token(cluster.client.secret, secret, reporter)
 
@@ -50,8 +50,8 @@ def dashboard(
         pod = cluster.head_pod(run_id)
         return None if pod is None else str(pod["metadata"]["name"])
 
-    _named(head(), run_id)
-    with forwarded(cluster.client, lambda: _named(head(), run_id), DASHBOARD_PORT, local_port=port) as local_port:
+    _named(head(), run_id, cluster.flag)
+    with forwarded(cluster.client, lambda: _named(head(), run_id, cluster.flag), DASHBOARD_PORT, local_port=port) as local_port:
         url = f"http://127.0.0.1:{local_port}"
         with login_link(token, url) as link:
             reporter.result({"run_id": run_id, "url": url, "login_url": link}, _text(run_id, url, link))
@@ -148,11 +148,11 @@ def _token(read: Callable[[str], dict[str, str] | None], secret: str, reporter: 
     return token or None
 
 
-def _named(head: str | None, run_id: str) -> str:
+def _named(head: str | None, run_id: str, flag: str) -> str:
     if head is None:
         raise TargetError(
             f"{run_id} has no head pod: it waits, is being restarted, or has ended.",
-            next_step=f"See: headway status {run_id} --target kubernetes",
+            next_step=f"See: headway status{flag} {run_id}",
         )
     return head
 

@@ -21,11 +21,11 @@ _POLL_S = 0.5
 
 def logs(run_id: str, *, target: str, store_uri: str | None, follow: bool, reporter: Reporter) -> Result:
     cluster, store = find_target(target, store_uri), find_store(store_uri)
-    run_id = resolve_run(store, run_id)
+    run_id = resolve_submitted(store, cluster, run_id)
     number = newest_attempt(store, run_id)
-    if number == 0:
-        raise UsageError(f"{run_id} has no attempt yet.", next_step=f"See: headway status {run_id}")
-    job = str(read_attempt(store, run_id, number)["job"])
+    job = str(read_attempt(store, run_id, number)["job"]) if number else cluster.runs().get(run_id, "")
+    if not job:
+        raise UsageError(f"{run_id} has no attempt yet.", next_step=f"See: headway status{cluster.flag} {run_id}")
     if not follow or reporter.json_mode:
         text = cluster.logs(run_id, job)
         return {"run_id": run_id, "attempt": number, "job": job, "log": text}, text
@@ -73,7 +73,10 @@ def stop_run(run_id: str, store: Store, cluster: Target[Any], *, timeout_s: floa
     if flight is None:
         return {"run_id": run_id, "state": "idle"}, f"{run_id} is not running."
     job, number = flight.job, flight.attempt
-    if flight.claimed:
+    status = cluster.find(job)
+    if status is not None and status.hopeless:
+        cluster.stop(job)
+    elif flight.claimed:
         request_stop(store, run_id, number, reason="headway stop")
     else:  # a request would outlive the job and stop whoever claims the number later
         cluster.stop(job)
@@ -81,7 +84,7 @@ def stop_run(run_id: str, store: Store, cluster: Target[Any], *, timeout_s: floa
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         status = cluster.find(job)
-        if status is None or status.state.ended:
+        if status is None or status.over:
             end = attempt_end(store, run_id, number) or {"reason": "its job ended"}
             return {"run_id": run_id, "state": "stopped", **end}, f"{run_id} stopped. {end['reason']}"
         time.sleep(_POLL_S)

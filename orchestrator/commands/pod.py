@@ -33,13 +33,15 @@ def ship_logs(
     return {"run_id": run_id, "pod": pod, "whole": whole}, text
 
 
-def save_and_stop(run_id: str, *, job: str, timeout_s: float, store_uri: str | None, reporter: Reporter) -> Result:
+def save_and_stop(
+    run_id: str, *, job: str, pod: str | None, timeout_s: float, store_uri: str | None, reporter: Reporter
+) -> Result:
     """Never fails: an error in a preStop is only noise, and the pod ends all the same."""
     from orchestrator.pod.save_and_stop import save_and_stop as program
 
     try:
         store = open_store(store_uri, patience=PROMPT)
-        text = program(store, run_id, job=job, timeout_s=timeout_s, say=reporter.say)
+        text = program(store, run_id, job=job, pod=pod, timeout_s=timeout_s, say=reporter.say)
     except HeadwayError as e:
         text = f"{run_id} was not asked to save: {e}"
     return {"run_id": run_id, "job": job, "did": text}, text

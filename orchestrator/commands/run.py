@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.commands.context import find_store
@@ -13,6 +15,7 @@ from orchestrator.errors import (
     Fenced,
     HeadwayError,
     Interrupted,
+    RunError,
     UsageError,
 )
 from orchestrator.release.outcome import Outcome
@@ -22,16 +25,26 @@ from orchestrator.store.attempts import Allowance
 from orchestrator.store.s3 import PATIENT
 
 _CLUSTER, _PIPELINE = "workloads.cluster", "workloads.pipeline"  # by name: orchestrator imports nothing of workloads
+_END_S = 600.0
 Attempts = tuple[int, int]
 """The first attempt that this job may make, and how many in all."""
 
 
-def run(run_file: Path, store_uri: str | None, attempts: Attempts | None, reporter: Reporter) -> Result:
+def run(
+    run_file: Path,
+    store_uri: str | None,
+    attempts: Attempts | None,
+    reporter: Reporter,
+    *,
+    await_end: Callable[[], object] = lambda: time.sleep(_END_S),
+) -> Result:
     """Bring the run to its outcome on the Ray cluster that this process is part of.
 
     Args:
         attempts: given where a failed job is started again on a new cluster, as by KubeRay. Then this ends with 0
             wherever another start would change nothing; what the run came to is read in the store.
+        await_end: waits for the end of this pod, with all of its processes. A job that ended before it would count as
+            failed, while one whose head is gone is started again and does not count.
     """
     if attempts is None:
         outcome = _run(run_file, store_uri, None, reporter)
@@ -40,6 +53,9 @@ def run(run_file: Path, store_uri: str | None, attempts: Attempts | None, report
         try:
             outcome = _run(run_file, store_uri, attempts, reporter)
         except HeadwayError as e:
+            if isinstance(e, Displaced):
+                reporter.error(e)
+                await_end()
             if _would_go_on_elsewhere(e):
                 raise
             reporter.error(e)
@@ -50,7 +66,7 @@ def run(run_file: Path, store_uri: str | None, attempts: Attempts | None, report
 
 def _would_go_on_elsewhere(error: HeadwayError) -> bool:
     """Whether another start may come further: not after a person's mistake or stop, and not where others took over."""
-    final = (UsageError, Fenced, AttemptsUsedUp, Interrupted)
+    final = (UsageError, RunError, Fenced, AttemptsUsedUp, Interrupted)
     return isinstance(error, Displaced) or not isinstance(error, final)
 
 

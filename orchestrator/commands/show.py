@@ -11,6 +11,7 @@ from orchestrator.checkpoint.catalog import Folder, committed, committed_steps, 
 from orchestrator.checkpoint.format import Manifest
 from orchestrator.checkpoint.reader import CheckpointReader
 from orchestrator.commands.context import find_store, find_target
+from orchestrator.commands.submit import in_flight
 from orchestrator.dataset.format import read_manifest as read_dataset
 from orchestrator.errors import HeadwayError, IntegrityError, NotFound, UsageError
 from orchestrator.record import EventReader
@@ -79,8 +80,8 @@ def status(run_id: str, *, target: str, store_uri: str | None) -> Result:
     outcome = read_outcome(store, run_id)
     if outcome is not None:
         facts["outcome"] = outcome.model_dump(mode="json")
-    elif target and facts["attempts"]:
-        facts["job_state"] = _job_state(target, store, facts["job"])
+    elif target:
+        facts |= _job(target, store, run_id, facts["job"])
     return facts, _lines(facts)
 
 
@@ -150,12 +151,15 @@ def _state(store: Store, run_id: str) -> dict[str, Any]:
     return {"state": "in flight" if number else "waiting", "reason": "", "attempts": number, "job": job}
 
 
-def _job_state(target: str, store: Store, job: str) -> str:
+def _job(target: str, store: Store, run_id: str, newest: str | None) -> dict[str, Any]:
+    """The job that works on a run now, or else its newest attempt's, and how it is doing."""
     try:
-        found = find_target(target, store.uri).find(job)
+        cluster = find_target(target, store.uri)
+        flight = in_flight(store, cluster, run_id)
+        job = flight.job if flight else newest
+        return {"job": job, "job_state": _in_words(cluster.find(job))} if job else {}
     except HeadwayError as e:
-        return f"unknown: {e.message}"
-    return _in_words(found)
+        return {"job_state": f"unknown: {e.message}"}
 
 
 def _in_words(status: JobStatus | None) -> str:

@@ -58,7 +58,7 @@ def submit(
     sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd(), retry=retry)
     facts: dict[str, Any] = {"run_id": sent.run_id, "submission_id": sent.submission_id, "attached": sent.attached}
     if detach and sent.outcome is None:
-        return facts, f"{sent.run_id} is on its way. Watch it: headway logs -f {sent.run_id}"
+        return facts, f"{sent.run_id} is on its way. Watch it: headway logs -f{cluster.flag} {sent.run_id}"
     watched = Watched(outcome=sent.outcome) if sent.outcome else watch(
         sent.run_id, sent.submission_id, store, cluster, reporter, from_attempt=sent.attempt, timeout_s=timeout_s
     )  # fmt: skip
@@ -98,7 +98,8 @@ def send(
     for skipped in prepared.package.skipped:
         reporter.say(f"not sent: {skipped}")
     submission = target.submit(prepared.request, prepared.package)
-    reporter.say(f"{identity.run_id} submitted as {submission.submission_id}")
+    verb = "submitted" if submission.created else "was submitted by another just now; attached"
+    reporter.say(f"{identity.run_id} {verb} as {submission.submission_id}")
     return Sent(
         run_id=identity.run_id,
         submission_id=submission.submission_id,
@@ -143,7 +144,7 @@ def _end(flight: Flight, target: Target[Any], reporter: Reporter) -> None:
     reporter.say(f"Ending {flight.job}, which a new attempt takes over from …")
     target.stop(flight.job)
     deadline = time.monotonic() + _END_S
-    while (status := target.find(flight.job)) is not None and not status.over:
+    while (status := target.find(flight.job)) is not None and (status.holds or not status.over):
         if time.monotonic() > deadline:
             raise TimedOut(
                 f"{flight.job} has not ended within {_END_S:.0f} s.", next_step="Submit with --retry again in a while."

@@ -39,6 +39,8 @@ class Watched:
     ended: dict[str, Any] | None = None
     job: JobStatus | None = None
     log_tail: str = ""
+    flag: str = ""
+    """The target's, for commands that a person may type next."""
     stages_s: dict[str, float] = field(default_factory=dict)
     last_step: dict[str, Any] = field(default_factory=dict)
 
@@ -57,7 +59,7 @@ class Watched:
             raise kind(f"{run_id}: {self.ended['reason']}", next_step="Mend that, then submit it again to go on.")
         if self.job is None:
             raise AttemptFailed(
-                f"{run_id}: the cluster no longer knows its job, as after a restart of its head.",
+                f"{run_id}: the cluster no longer knows its job: it was deleted, or the head was restarted.",
                 next_step="Submit it again to go on from the last checkpoint.",
             )
         if self.job.hopeless:
@@ -67,12 +69,13 @@ class Watched:
         said = [line.removeprefix("headway: ") for line in self.log_tail.splitlines() if line.startswith("headway: ")]
         kind = error_class(self.job.exit_code)
         if said:
-            raise kind(f"{run_id}: {said[-1]}", next_step=f"The whole log: headway logs {run_id}")
+            raise kind(f"{run_id}: {said[-1]}", next_step=f"The whole log: headway logs{self.flag} {run_id}")
         because = f" ({self.job.message})" if self.job.message else ""
         raise kind(
             f"{run_id}: its job ended as {self.job.state} without an outcome{because}. Its last words:\n"
             f"{self.log_tail}",
-            next_step=f"All of it: headway logs {run_id}. Submit it again to go on from the last checkpoint.",
+            next_step=f"All of it: headway logs{self.flag} {run_id}. "
+            "Submit it again to go on from the last checkpoint.",
         )
 
 
@@ -102,7 +105,7 @@ def watch(
     """
     deadline = time.monotonic() + timeout_s if timeout_s is not None else None
     events = EventReader(store, run_id, from_attempt=from_attempt)
-    watched = Watched()
+    watched = Watched(flag=target.flag)
     last_seen = time.monotonic()
     polls = 0
     with _Bar(reporter) as bar:
@@ -112,25 +115,25 @@ def watch(
                     for event in events.poll():
                         _note(event, watched)
                         bar.show(event)
-                    if polls % _JOB_EVERY == 0:
+                    if polls % _JOB_EVERY == 0 or watched.job is None:
                         watched.job = target.find(submission_id)
                         bar.waiting(watched.job)
+                    if _is_over(watched, store, run_id, restarts_jobs=target.restarts_jobs):
+                        break
                     last_seen = time.monotonic()
                 except (StoreError, TargetError):
                     if time.monotonic() - last_seen > _OUTAGE_S:
                         raise
-                if _is_over(watched, store, run_id, restarts_jobs=target.restarts_jobs):
-                    break
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimedOut(
                         f"{run_id} is not done after {timeout_s:.0f} s; it goes on.",
-                        next_step=f"Watch it again: headway submit, or headway logs -f {run_id}",
+                        next_step=f"Watch it again: headway submit, or headway logs -f{target.flag} {run_id}",
                     )
                 polls += 1
                 sleep(_POLL_S)
         except KeyboardInterrupt as e:
             raise Interrupted(
-                f"No longer watching {run_id}; it goes on.", next_step=f"To stop it: headway stop {run_id}"
+                f"No longer watching {run_id}; it goes on.", next_step=f"To stop it: headway stop{target.flag} {run_id}"
             ) from e
     if watched.job is not None and watched.job.hopeless:
         target.stop(submission_id)
@@ -199,11 +202,13 @@ class _Bar:
             self._progress.stop()
 
     def waiting(self, job: JobStatus | None) -> None:
-        """Say once why a job has not begun, as the target puts it."""
-        if job is None or job.state is not JobState.PENDING or job.message in ("", self._told):
+        """Say once why a job has not begun, or does not go on, as the target puts it."""
+        waits = job is not None and (job.state is JobState.PENDING or job.stands_still)
+        if job is None or not waits or job.message in ("", self._told):
             return
         self._told = job.message
-        self._progress.update(self._task, description=f"waiting: {job.message}")
+        if job.state is JobState.PENDING:
+            self._progress.update(self._task, description=f"waiting: {job.message}")
         self._print(f"waiting: {job.message}")
 
     def show(self, event: dict[str, Any]) -> None:

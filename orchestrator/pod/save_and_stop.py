@@ -20,6 +20,7 @@ def save_and_stop(
     job: str,
     timeout_s: float,
     say: Callable[[str], None],
+    pod: str | None = None,
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
 ) -> str:
@@ -33,7 +34,7 @@ def save_and_stop(
     while True:
         try:
             if asked is None:
-                asked = _in_flight(store, run_id, job)
+                asked = _in_flight(store, run_id, job, pod)
                 if asked is None:
                     return f"No attempt of {run_id} goes on as {job}; there is nothing to save."
                 request_stop(store, run_id, asked, reason=POD_ENDS)
@@ -50,10 +51,15 @@ def save_and_stop(
         wait(POLL_S)
 
 
-def _in_flight(store: Store, run_id: str, job: str) -> int | None:
-    """The newest attempt, where it is this job's and has not ended. An older one is fenced: it has nothing to save."""
+def _in_flight(store: Store, run_id: str, job: str, pod: str | None) -> int | None:
+    """The newest attempt, where it is this job's, in this pod, and has not ended.
+
+    An older one is fenced: it has nothing to save. A pod that comes back late must not stop the one that replaced it,
+    whose job is the same.
+    """
     number = newest_attempt(store, run_id)
-    if number == 0 or read_attempt(store, run_id, number).get("job") != job:
+    facts = read_attempt(store, run_id, number) if number else {}
+    if facts.get("job") != job or (pod is not None and facts.get("host") != pod):
         return None
     if attempt_end(store, run_id, number) is not None or read_outcome(store, run_id) is not None:
         return None

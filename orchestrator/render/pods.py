@@ -11,11 +11,21 @@ from orchestrator.target_settings import PodSize, Pool, S3Settings, TargetSettin
 Manifest = dict[str, Any]
 
 PREFIX = "headway.dev"
-RUN_LABEL, COMPONENT_LABEL = f"{PREFIX}/run", f"{PREFIX}/component"
+RUN_LABEL, JOB_LABEL, COMPONENT_LABEL = f"{PREFIX}/run", f"{PREFIX}/job", f"{PREFIX}/component"
+STORE = f"{PREFIX}/store"
+"""Annotation: two stores may hold runs of one id, and a namespace only one RayJob of a name."""
 CODE, RAY_TEMP = "/headway/code", "/tmp/ray"
 _POD_NAME = "POD_NAME"  # ship-logs reads it
 _USER = 1000  # of Ray's images
 _RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+# What KubeRay asks by itself, but from the start and each second; it asks after 10 s and every 5, and a job starts when
+# the last pod is ready.
+_READINESS = {
+    "httpGet": {"path": "/api/healthz", "port": 52365},
+    "periodSeconds": 1,
+    "timeoutSeconds": 5,
+    "failureThreshold": 60,
+}
 # Beside Ray: short-lived or nearly idle, and a memory limit that a Python process with boto3 keeps well below.
 _HELPER_RESOURCES = {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}}
 
@@ -97,6 +107,7 @@ def _ray_container(pod: RayPod, settings: TargetSettings) -> Manifest:
     container = _container("ray", (), pod, settings)
     container["resources"] = _resources(pod)
     container["ports"] = [{"name": name, "containerPort": port} for name, port in pod.ports.items()]
+    container["readinessProbe"] = _READINESS
     container["volumeMounts"] = [*container["volumeMounts"], {"name": "shared-memory", "mountPath": "/dev/shm"}]
     if pod.fetch_code:
         container["workingDir"] = CODE

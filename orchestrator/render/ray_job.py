@@ -12,13 +12,25 @@ from pydantic import BaseModel, ConfigDict
 from orchestrator.errors import SpecError
 from orchestrator.render.attempt import AttemptRequest
 from orchestrator.render.job import job_metadata
-from orchestrator.render.pods import CODE, PREFIX, RAY_TEMP, RUN_LABEL, Manifest, RayPod, s3_environment, template
+from orchestrator.render.pods import (
+    CODE,
+    JOB_LABEL,
+    PREFIX,
+    RAY_TEMP,
+    RUN_LABEL,
+    STORE,
+    Manifest,
+    RayPod,
+    s3_environment,
+    template,
+)
 from orchestrator.spec import ResourcesSpec
 from orchestrator.target_settings import Pool, TargetSettings, amount
 
-HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
-DISPLACEMENTS = 20
-"""KubeRay counts heads that were told to end beside jobs that failed; ``--max-attempts`` counts only the latter."""
+HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265}
+_DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+POOL_VARIABLE = "HEADWAY_POOL"
+"""Tells the job that all workers are of one pool, so that it need not ask Ray for a kind of GPU by Ray's own name."""
 LEAVE_S = 20
 """Of a pod's grace: what Ray and the log keeper need after the save."""
 
@@ -48,7 +60,7 @@ def ray_job(attempt: AttemptRequest, settings: TargetSettings) -> RayJobRequest:
         "submissionMode": "HTTPMode",  # no submitter pod, which would need a security context of its own
         "jobId": name,
         "metadata": job_metadata(attempt),
-        "backoffLimit": settings.max_attempts - 1 + DISPLACEMENTS,
+        "backoffLimit": settings.max_attempts - 1,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": settings.keep_finished,
         "rayClusterSpec": _cluster(attempt, settings),
@@ -68,7 +80,7 @@ def ray_job(attempt: AttemptRequest, settings: TargetSettings) -> RayJobRequest:
                 "name": name,
                 "namespace": settings.namespace,
                 "labels": {**_labels(attempt), **_queue(settings)},
-                "annotations": {f"{PREFIX}/version": attempt.version, f"{PREFIX}/store": attempt.store_uri},
+                "annotations": {f"{PREFIX}/version": attempt.version, STORE: attempt.store_uri},
             },
             "spec": spec,
         },
@@ -142,14 +154,19 @@ def _head(attempt: AttemptRequest, settings: TargetSettings) -> RayPod:
         settings,
         size=settings.head,
         ports=HEAD_PORTS,
-        # A deleted RayJob has its job stopped, which Ray by itself gives 3 s.
-        env={"RAY_JOB_STOP_WAIT_TIME_S": str(save_s)},
+        # A deleted RayJob has its job stopped, which Ray by itself gives 3 s. After that the head has nothing to drain.
+        env={
+            "RAY_JOB_STOP_WAIT_TIME_S": str(save_s),
+            _DRAIN: "0",
+            POOL_VARIABLE: settings.pool_of(attempt.resources.gpu)[0],
+        },
         pre_stop=(*stop, "--timeout", str(save_s)),
     )
 
 
 def _worker(attempt: AttemptRequest, settings: TargetSettings, pool: Pool) -> RayPod:
-    return _pod(attempt, settings, size=pool.size, pool=pool, env=pool.env)
+    # By itself Ray gives a node that is told to end 30 s, and the ranks on it no longer for their save.
+    return _pod(attempt, settings, size=pool.size, pool=pool, env={**pool.env, _DRAIN: str(settings.grace - LEAVE_S)})
 
 
 def _pod(attempt: AttemptRequest, settings: TargetSettings, *, env: dict[str, str], **fields: Any) -> RayPod:
@@ -158,7 +175,7 @@ def _pod(attempt: AttemptRequest, settings: TargetSettings, *, env: dict[str, st
     fetch = ("headway", "pod", "fetch-code", "--digest", digest, "--to", CODE, "--version", attempt.version)
     return RayPod(
         component="trainer",
-        labels=_labels(attempt),
+        labels={**_labels(attempt), JOB_LABEL: attempt.submission_id},
         account=settings.trainer_account,
         priority=settings.training_priority,
         s3_secret=settings.s3.trainer_secret,

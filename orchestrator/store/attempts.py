@@ -62,7 +62,7 @@ class Allowance:
 
 
 def require_turn(store: Store, run_id: str, allowance: Allowance) -> None:
-    """Check before a claim that it is still this job's turn. A stopped attempt costs nothing: it was saved.
+    """Check before a claim that it is still this job's turn. An attempt that was stopped or displaced costs nothing.
 
     Raises:
         Fenced: another job works on the run by now. AttemptsUsedUp: so many failed already.
@@ -72,8 +72,10 @@ def require_turn(store: Store, run_id: str, allowance: Allowance) -> None:
         job = str(read_attempt(store, run_id, number).get("job", ""))
         if job != allowance.job_id:
             raise Fenced(f"{allowance.job_id} gives way: {job} works on {run_id} by now, as attempt {number}.")
-        end = attempt_end(store, run_id, number) or {"state": "failed", "reason": "it died without a word"}
-        if end["state"] == "failed":
+        end = attempt_end(store, run_id, number)
+        if end is None and _stop_request(store, run_id, number) != POD_ENDS:
+            failures.append("it died without a word")
+        elif end is not None and end["state"] == "failed":
             failures.append(str(end["reason"]))
     if len(failures) >= allowance.max_attempts:
         raise AttemptsUsedUp(
@@ -176,8 +178,13 @@ def stop_reason(store: Store, attempt: Attempt, group: WorkerGroup | None = None
         return f"{reason} has taken over"
     if layout.stop_request(attempt.run_id, attempt.number) not in names:
         return None
+    return _stop_request(store, attempt.run_id, attempt.number)
+
+
+def _stop_request(store: Store, run_id: str, number: int) -> str | None:
+    """The reason of the request that this attempt stops, where there is one."""
     try:
-        return str(store.get_json(layout.stop_request(attempt.run_id, attempt.number))["reason"])
+        return str(store.get_json(layout.stop_request(run_id, number))["reason"])
     except NotFound:
         return None
 

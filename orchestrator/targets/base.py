@@ -32,12 +32,16 @@ class JobStatus:
     message: str
     exit_code: int | None = None
     """The entrypoint's own, once it has ended by itself: Headway's exit codes are in ``errors``."""
+    holds: bool = False
+    """It has ended, and what it held is not given back yet."""
+    stands_still: bool = False
+    """The message says what keeps it from going on."""
     hopeless: bool = False
     """It cannot begin, yet what it holds is not given back until it is stopped."""
 
     @property
     def over(self) -> bool:
-        """It has ended, and holds nothing."""
+        """It has ended, so that another job may take its place; what it ``holds`` is given back by itself."""
         return self.state.ended and not self.hopeless
 
 
@@ -80,6 +84,8 @@ class Target(Protocol[Sent]):
         TargetError: from every method, where the system behind it refuses or cannot be reached.
     """
 
+    flag: str
+    """The option that names it, after a space, for commands that a person may type next; empty for the default."""
     restarts_jobs: bool
     """Whether a job that failed is started again, so that the end of an attempt is not the end of its job."""
 
@@ -95,10 +101,8 @@ class Target(Protocol[Sent]):
 
     def submit(self, request: Sent, package: Package | None = None) -> Submission: ...
 
-    def status(self, submission_id: str) -> JobStatus: ...
-
     def find(self, submission_id: str) -> JobStatus | None:
-        """Like :meth:`status`, but None where there is no such job."""
+        """How a job is doing; None where there is none of this id."""
         ...
 
     def runs(self) -> dict[str, str]:

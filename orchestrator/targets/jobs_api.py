@@ -97,13 +97,14 @@ class JobsApiTarget:
         self,
         url: str,
         *,
+        flag: str = "",
         token: str | None = None,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ray = RayHttp(url, token=token, transport=transport)
-        self.url = self._ray.url
+        self.url, self.flag = self._ray.url, flag
         self._sleep = sleep
         self._clock = clock
 

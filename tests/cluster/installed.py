@@ -115,6 +115,7 @@ def _target(cluster: Cluster) -> dict[str, Any]:
         "head": {"cpu": "1", "cpu_request": "100m", "memory": "3Gi"},
         "server": {"cpu": "1", "cpu_request": "100m", "memory": "3Gi"},
         "claims": [{"claim": CLAIM, "path": str(REPOSITORY)}],
+        "grace": 50,  # a worker pod that is deleted trains on until then, and these runs are short
         "keep_finished": 5,
     }
 

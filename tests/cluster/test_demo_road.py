@@ -269,6 +269,10 @@ def test_the_channel_is_served(
     assert answer.choices[0].text
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 8
+    # Its replica holds a GPU of this cluster, outside of the queue.
+    run(cluster, directory, prefix, "serve", "code-lm", "--target", "kubernetes", "--down").assert_done()
+    gone = lambda: cluster.objects("pods", "headway.dev/component=server") == []  # noqa: E731
+    assert processes.wait_until(gone, timeout_s=COMMAND_TIMEOUT_S, ended=lambda: False), "its pods are left"
 
 
 def test_the_namespace_refuses_a_pod_with_privileges(cluster: Installed) -> None:

@@ -58,12 +58,8 @@ class KubernetesClient:
 
     # -- Ray's resources
 
-    def create(self, plural: str, manifest: Object, *, dry_run: bool = False) -> bool:
-        """Create an object. False where one of this name exists.
-
-        Args:
-            dry_run: let the API check it and keep nothing.
-        """
+    def create(self, plural: str, manifest: Object) -> bool:
+        """Create an object. False where one of this name exists."""
         created = self._call(
             f"create {manifest['kind']} {manifest['metadata']['name']}",
             self._custom.create_namespaced_custom_object,
@@ -72,7 +68,6 @@ class KubernetesClient:
             namespace=self.namespace,
             plural=plural,
             body=manifest,
-            **({"dry_run": "All"} if dry_run else {}),
         )
         return created is not None
 

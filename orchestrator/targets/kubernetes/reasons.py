@@ -53,13 +53,14 @@ def job_status(
     if _ending(ray_job):
         return JobStatus(state=JobState.RUNNING, message="it is being ended")
     found = standstill(ray_job, pods=pods, workloads=workloads, events=events)
-    if found is not None and found.hopeless:
+    running = deployment == "Running" and job == "RUNNING"
+    if found is not None and found.hopeless and not running:
         return JobStatus(
             state=JobState.FAILED, message=found.reason, exit_code=EnvironmentUnusable.exit_code, hopeless=True
         )
-    running = deployment == "Running" and job == "RUNNING"
     state = JobState.RUNNING if running else JobState.PENDING
-    return JobStatus(state=state, message=found.reason if found else _progress(ray_job, pods))
+    message = found.reason if found else _progress(ray_job, pods)
+    return JobStatus(state=state, message=message, stands_still=found is not None)
 
 
 def standstill(
@@ -96,7 +97,9 @@ def _ended(spec: Object, status: Object) -> JobStatus:
         said = _one_line(message)
     else:
         said = f"{reason or deployment}: {_one_line(message)}".rstrip(": ")
-    return JobStatus(state=state, message=said, exit_code=int(code[2]) if code else None)
+    # Kueue takes ValidationFailed for a job that goes on, so only deleting it gives its quota back.
+    hopeless = deployment == "ValidationFailed"
+    return JobStatus(state=state, message=said, exit_code=int(code[2]) if code else None, hopeless=hopeless)
 
 
 def _one_line(message: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator import errors
 from orchestrator.commands.run import _would_go_on_elsewhere, run
-from orchestrator.errors import AttemptsUsedUp, Displaced, HeadwayError, Interrupted, RunError
+from orchestrator.errors import AttemptsUsedUp, Displaced, HeadwayError, Interrupted, RunError, StoreError
 from orchestrator.release.outcome import Outcome
 from orchestrator.reporter import Reporter, Result
 from orchestrator.starter import STARTER
@@ -21,9 +21,8 @@ from orchestrator.store.attempts import Allowance
 JOB = "my-model-1a2b3c4d-00002"
 ATTEMPTS = (2, 5)
 KINDS = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, HeadwayError)]
-# A RunError is the run's outcome by then, so none leaves the pipeline.
-KINDS = [kind for kind in KINDS if kind is not HeadwayError and not issubclass(kind, RunError)]
-FINAL = {"UsageError", "SpecError", "Fenced", "AttemptsUsedUp", "Interrupted"}
+KINDS = [kind for kind in KINDS if kind is not HeadwayError]
+FINAL = {"UsageError", "SpecError", "Fenced", "AttemptsUsedUp", "Interrupted", "RunError", "GateRefused", "EmptySource"}
 
 Run = Callable[..., Result]
 
@@ -34,6 +33,7 @@ class FakePipeline:
     def __init__(self, comes_to: Outcome | HeadwayError) -> None:
         self.comes_to = comes_to
         self.given: dict[str, Any] = {}
+        self.ended: list[bool] = []
 
     def run(self, _spec: Any, _store: Any, **given: Any) -> Outcome:
         self.given = given
@@ -52,7 +52,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def call(pipeline: FakePipeline, attempts: tuple[int, int] | None) -> Result:
         monkeypatch.setitem(sys.modules, "workloads.pipeline", pipeline)  # type: ignore[arg-type]
-        return run(tmp_path / "run.yaml", "s3://bucket/prefix", attempts, Reporter())
+        end = lambda: pipeline.ended.append(True)  # noqa: E731
+        return run(tmp_path / "run.yaml", "s3://bucket/prefix", attempts, Reporter(), await_end=end)
 
     return call
 
@@ -105,8 +106,17 @@ def test_alone_an_error_ends_with_its_own_code(start: Run) -> None:
 
 
 def test_where_another_start_may_come_further_it_fails(start: Run) -> None:
+    pipeline = FakePipeline(StoreError("S3 is down."))
+    with pytest.raises(StoreError, match="S3 is down"):
+        start(pipeline, ATTEMPTS)
+    assert pipeline.ended == []
+
+
+def test_displaced_it_waits_for_the_end_of_its_pod_so_that_it_does_not_count_as_failed(start: Run) -> None:
+    pipeline = FakePipeline(Displaced("Its pod ends."))
     with pytest.raises(Displaced, match="Its pod ends"):
-        start(FakePipeline(Displaced("Its pod ends.")), ATTEMPTS)
+        start(pipeline, ATTEMPTS)
+    assert pipeline.ended == [True]
 
 
 def test_where_another_start_would_not_it_ends_well_and_says_why(

@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.commands import submit
 from orchestrator.commands.logs import stop_run
 from orchestrator.commands.request import build_request, free_repeat
 from orchestrator.commands.show import resolve_submitted
 from orchestrator.commands.submit import in_flight, send
 from orchestrator.commands.watch import Watched, watch
-from orchestrator.errors import AttemptFailed, EnvironmentUnusable, HeadwayError, Interrupted, SpecError, UsageError
+from orchestrator.errors import (
+    AttemptFailed,
+    EnvironmentUnusable,
+    HeadwayError,
+    Interrupted,
+    SpecError,
+    StoreError,
+    TargetError,
+    TimedOut,
+    UsageError,
+)
 from orchestrator.package import Package
 from orchestrator.record import EventLog
 from orchestrator.release.outcome import Outcome, commit_outcome
@@ -36,6 +47,7 @@ Step = Callable[[], None]
 GOING, QUEUED = JobStatus(state=JobState.RUNNING, message=""), JobStatus(state=JobState.PENDING, message="queued")
 FAILED = JobStatus(state=JobState.FAILED, message="it broke", exit_code=1)
 SUCCEEDED = JobStatus(state=JobState.SUCCEEDED, message="")
+HELD = JobStatus(state=JobState.STOPPED, message="it was deleted; 2 of its pods are being ended", holds=True)
 NO_CODE = "head pod x cannot use the code: This image holds Headway 0.1.0"
 HOPELESS = JobStatus(state=JobState.FAILED, message=NO_CODE, exit_code=4, hopeless=True)
 
@@ -43,11 +55,16 @@ HOPELESS = JobStatus(state=JobState.FAILED, message=NO_CODE, exit_code=4, hopele
 class FakeTarget:
     """Jobs by id. It starts them again after a failure, or not."""
 
+    flag = " --target kubernetes"
+
     def __init__(self, *, restarts_jobs: bool = True) -> None:
         self.restarts_jobs = restarts_jobs
         self.jobs: dict[str, JobStatus] = {}
         self.sent: list[tuple[RayJobRequest, Package | None]] = []
         self.stopped: list[str] = []
+        self.leaves: list[JobStatus] = []
+        """What a job that is stopped is found as, one state at each look, before it is gone."""
+        self.fails: HeadwayError | None = None
         self.log = ""
 
     def capacity(self, resources: ResourcesSpec) -> Capacity:
@@ -62,10 +79,11 @@ class FakeTarget:
         self.jobs.setdefault(request.submission_id, QUEUED)
         return Submission(submission_id=request.submission_id, created=created)
 
-    def status(self, submission_id: str) -> JobStatus:
-        return self.jobs[submission_id]
-
     def find(self, submission_id: str) -> JobStatus | None:
+        if self.fails is not None:
+            raise self.fails
+        if submission_id in self.stopped and self.leaves:
+            return self.leaves.pop(0)
         return self.jobs.get(submission_id)
 
     def runs(self) -> dict[str, str]:
@@ -111,8 +129,8 @@ def sent(folder: Path, store: MemoryStore, target: FakeTarget, *, retry: bool = 
     return send(spec_of(folder), folder / "run.yaml", store, target, Reporter(), directory=folder, retry=retry)
 
 
-def claimed(store: MemoryStore, run: str, job: str, state: str | None = None) -> Attempt:
-    attempt = claim_attempt(store, run, facts={"job": job})
+def claimed(store: MemoryStore, run: str, job: str, state: str | None = None, *, host: str = "here") -> Attempt:
+    attempt = claim_attempt(store, run, facts={"job": job, "host": host})
     if state is not None:
         end_attempt(store, attempt, state=state, reason="it was so")
     return attempt
@@ -183,7 +201,38 @@ def test_it_is_stopped_without_a_request_that_would_stop_the_next_attempt(
     assert not [key for key in memory_store.objects if key.endswith("stop.json")]
 
 
+def test_one_that_can_never_begin_is_ended_at_once(memory_store: MemoryStore, folder: Path) -> None:
+    """Nobody would read a request to save and end."""
+    target = FakeTarget()
+    found = sent(folder, memory_store, target)
+    claimed(memory_store, found.run_id, found.submission_id)
+    target.jobs[found.submission_id] = HOPELESS
+    facts, _ = stop_run(found.run_id, memory_store, target, timeout_s=5.0, reporter=Reporter())
+    assert (facts["state"], target.stopped) == ("stopped", [found.submission_id])
+    assert not [key for key in memory_store.objects if key.endswith("stop.json")]
+
+
 # -- attaching
+
+
+class RacedTarget(FakeTarget):
+    """Another machine submits the same run just before."""
+
+    def submit(self, request: RayJobRequest, package: Package | None = None) -> Submission:
+        self.jobs[request.submission_id] = QUEUED
+        return super().submit(request, package)
+
+
+def test_of_two_that_submit_at_once_one_is_told_that_it_is_attached(
+    memory_store: MemoryStore, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target, words, attached in (
+        (FakeTarget(), "submitted as", False),
+        (RacedTarget(), "was submitted by another just now; attached as", True),
+    ):
+        found = sent(folder, memory_store, target)
+        assert found.attached == attached
+        assert f"{found.run_id} {words} {found.submission_id}\n" in capsys.readouterr().err
 
 
 def test_a_second_submit_attaches_to_a_job_that_waits(memory_store: MemoryStore, folder: Path) -> None:
@@ -240,6 +289,20 @@ def test_a_retry_ends_the_job_in_flight_first(memory_store: MemoryStore, folder:
     second = sent(folder, memory_store, target, retry=True)
     assert target.stopped == [first.submission_id]
     assert (second.submission_id, second.attached, second.attempt) == (f"{first.run_id}-00002", False, 2)
+
+
+def test_a_retry_waits_until_what_the_ended_job_held_is_given_back(
+    memory_store: MemoryStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pods may still save, and their place is not free."""
+    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    target = FakeTarget()
+    first = sent(folder, memory_store, target)
+    claimed(memory_store, first.run_id, first.submission_id)
+    target.leaves = [JobStatus(state=JobState.RUNNING, message="it is being ended"), HELD, HELD]
+    sent(folder, memory_store, target, retry=True)
+    assert target.leaves == []
+    assert [request.submission_id for request, _ in target.sent] == [first.submission_id, f"{first.run_id}-00002"]
 
 
 def test_one_that_can_never_begin_is_attached_to_until_it_is_stopped(memory_store: MemoryStore, folder: Path) -> None:
@@ -377,6 +440,60 @@ def test_an_end_without_an_outcome(
         watched(memory_store, target).require_outcome(RUN)
 
 
+def test_what_to_type_next_names_the_target(memory_store: MemoryStore) -> None:
+    target = FakeTarget()
+    target.jobs[JOB] = FAILED
+    for log in ("", "headway: S3 is down.\n"):
+        target.log = log
+        with pytest.raises(AttemptFailed) as failed:
+            watched(memory_store, target).require_outcome(RUN)
+        assert f"headway logs --target kubernetes {RUN}" in failed.value.next_step
+
+
+def test_whoever_stops_watching_is_told_how_to_go_on(memory_store: MemoryStore) -> None:
+    target = FakeTarget()
+    target.jobs[JOB] = GOING
+    with pytest.raises(TimedOut) as late:
+        watch(RUN, JOB, memory_store, target, Reporter(), from_attempt=1, timeout_s=-1.0)
+    assert f"headway logs -f --target kubernetes {RUN}" in late.value.next_step
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as left:
+        watched(memory_store, target, interrupt)
+    assert f"headway stop --target kubernetes {RUN}" in left.value.next_step
+
+
+def test_a_store_that_fails_as_the_job_ends_is_asked_again(memory_store: MemoryStore) -> None:
+    target = FakeTarget()
+    target.jobs[JOB] = SUCCEEDED
+    done(memory_store)
+    memory_store.fail["get"] = StoreError("down")
+    assert watched(memory_store, target, memory_store.fail.clear).require_outcome(RUN).state == "done"
+
+
+@pytest.mark.parametrize("away", ["target", "store"])
+def test_one_that_cannot_be_asked_at_first_is_asked_again(memory_store: MemoryStore, away: str) -> None:
+    """Not to know of a job is not to know that there is none."""
+    target = FakeTarget()
+    target.jobs[JOB] = GOING
+    if away == "target":
+        target.fails = TargetError("no route to host")
+    else:
+        memory_store.fail["list"] = StoreError("down")
+
+    def back() -> None:
+        target.fails = None
+        memory_store.fail.clear()
+
+    def succeed() -> None:
+        done(memory_store)
+        target.jobs[JOB] = SUCCEEDED
+
+    assert watched(memory_store, target, back, succeed).require_outcome(RUN).state == "done"
+
+
 def test_why_it_waits_is_said_once(memory_store: MemoryStore, capsys: pytest.CaptureFixture[str]) -> None:
     target = FakeTarget()
     target.jobs[JOB] = QUEUED
@@ -391,6 +508,24 @@ def test_why_it_waits_is_said_once(memory_store: MemoryStore, capsys: pytest.Cap
     watched(memory_store, target, *steps, become(SUCCEEDED))
     said = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
     assert said == ["waiting: queued", "waiting: no GPU"]
+
+
+def test_why_a_job_that_runs_does_not_go_on_is_said_too(
+    memory_store: MemoryStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = FakeTarget()
+    target.jobs[JOB] = JobStatus(state=JobState.RUNNING, message="3 of 3 pods ready")
+    lost = JobStatus(state=JobState.RUNNING, message="its head pod is lost", stands_still=True)
+
+    def become(status: JobStatus) -> Step:
+        return lambda: target.jobs.update({JOB: status})
+
+    def nothing() -> None:
+        return
+
+    watched(memory_store, target, nothing, become(lost), *[nothing] * 6, become(SUCCEEDED))
+    said = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
+    assert said == ["waiting: its head pod is lost"]
 
 
 def test_the_client_has_every_method_that_the_fake_has() -> None:

@@ -14,6 +14,7 @@ from orchestrator.store.attempts import POD_ENDS, end_attempt, stop_reason
 from tests.unit.fakes import MemoryStore
 
 RUN, JOB = "demo-1a2b3c4d", "demo-1a2b3c4d-00001"
+POD = f"{JOB}-x7k2p-head-9fj2k"
 
 
 class Stopping:
@@ -30,9 +31,16 @@ class Stopping:
         for due in sorted(moment for moment in self.at if moment <= self.now):
             self.at.pop(due)()
 
-    def run(self, timeout_s: float = 30.0) -> str:
+    def run(self, timeout_s: float = 30.0, *, pod: str | None = POD) -> str:
         return save_and_stop(
-            self.store, RUN, job=JOB, timeout_s=timeout_s, say=self.said.append, clock=lambda: self.now, wait=self.wait
+            self.store,
+            RUN,
+            job=JOB,
+            pod=pod,
+            timeout_s=timeout_s,
+            say=self.said.append,
+            clock=lambda: self.now,
+            wait=self.wait,
         )
 
 
@@ -41,8 +49,8 @@ def stopping(memory_store: MemoryStore) -> Stopping:
     return Stopping(memory_store)
 
 
-def claim(store: MemoryStore, job: str = JOB) -> Attempt:
-    return claim_attempt(store, RUN, facts={"job": job})
+def claim(store: MemoryStore, job: str = JOB, *, host: str = POD) -> Attempt:
+    return claim_attempt(store, RUN, facts={"job": job, "host": host})
 
 
 def asked(store: MemoryStore, number: int) -> bool:
@@ -81,6 +89,23 @@ def test_there_is_nothing_to_save(memory_store: MemoryStore, stopping: Stopping)
     commit_outcome(memory_store, Outcome(run_id=RUN, state="done", attempt=3, ended_s=0.0))
     returns_at_once()  # the run is finished, although the attempt died before it said so
     assert not any(asked(memory_store, number) for number in (1, 2, 3))
+
+
+def test_the_attempt_in_the_head_pod_that_replaced_this_one_goes_on(
+    memory_store: MemoryStore, stopping: Stopping
+) -> None:
+    """A node that was away comes back: its pod ends late, and the job is the same."""
+    claim(memory_store)
+    claim(memory_store, host=f"{JOB}-m4c8d-head-2b7xq")
+    assert "nothing to save" in stopping.run()
+    assert stopping.now == 0.0
+    assert not any(asked(memory_store, number) for number in (1, 2))
+
+
+def test_without_a_pods_name_the_job_alone_decides(memory_store: MemoryStore, stopping: Stopping) -> None:
+    claim(memory_store, host="anywhere")
+    stopping.run(timeout_s=1.0, pod=None)
+    assert asked(memory_store, 1)
 
 
 def test_the_newest_of_several_attempts_of_one_job_is_asked(memory_store: MemoryStore, stopping: Stopping) -> None:

@@ -8,16 +8,18 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import AttemptsUsedUp, Fenced
 from orchestrator.store import claim_attempt
-from orchestrator.store.attempts import Allowance, end_attempt, require_turn
+from orchestrator.store.attempts import POD_ENDS, Allowance, end_attempt, request_stop, require_turn
 from tests.unit.fakes import MemoryStore
 
 RUN, JOB = "run-1", "run-1-00001"
 
 
 def attempt(store: MemoryStore, state: str | None, *, job: str = JOB, reason: str = "no memory") -> None:
-    """One more attempt of a job, which ended so; None died without a word."""
+    """One more attempt of a job, which ended so; None died without a word, "displaced" did while its pod ended."""
     claimed = claim_attempt(store, RUN, facts={"job": job})
-    if state is not None:
+    if state == "displaced":
+        request_stop(store, RUN, claimed.number, reason=POD_ENDS)
+    elif state is not None:
         end_attempt(store, claimed, state=state, reason=reason)
 
 
@@ -57,6 +59,27 @@ def test_one_that_was_stopped_costs_nothing(memory_store: MemoryStore) -> None:
         allowed(memory_store, max_attempts=1)
 
 
+def test_one_that_died_while_its_pod_ended_costs_nothing(memory_store: MemoryStore) -> None:
+    """The time for its save was not enough to say so."""
+    for _ in range(10):
+        attempt(memory_store, "displaced")
+    allowed(memory_store, max_attempts=1)
+
+
+def test_one_that_died_after_a_persons_stop_failed(memory_store: MemoryStore) -> None:
+    attempt(memory_store, None)
+    request_stop(memory_store, RUN, 1, reason="headway stop")
+    with pytest.raises(AttemptsUsedUp, match="it died without a word"):
+        allowed(memory_store, max_attempts=1)
+
+
+def test_one_that_failed_while_its_pod_ended_failed(memory_store: MemoryStore) -> None:
+    attempt(memory_store, "failed")
+    request_stop(memory_store, RUN, 1, reason=POD_ENDS)
+    with pytest.raises(AttemptsUsedUp, match="no memory"):
+        allowed(memory_store, max_attempts=1)
+
+
 def test_an_earlier_submissions_failures_do_not_count(memory_store: MemoryStore) -> None:
     for _ in range(5):
         attempt(memory_store, "failed", job="run-1-00001-earlier")
@@ -80,12 +103,12 @@ def test_one_that_came_first_and_took_the_number_is_given_way_to(memory_store: M
         allowed(memory_store)
 
 
-@given(st.lists(st.sampled_from(["failed", "stopped", None]), max_size=8), st.integers(1, 5))
+@given(st.lists(st.sampled_from(["failed", "stopped", "displaced", None]), max_size=8), st.integers(1, 5))
 def test_the_failures_since_the_submission_decide(ends: list[str | None], max_attempts: int) -> None:
     store = MemoryStore()
     for state in ends:
         attempt(store, state)
-    if sum(state != "stopped" for state in ends) >= max_attempts:
+    if sum(state in ("failed", None) for state in ends) >= max_attempts:
         with pytest.raises(AttemptsUsedUp):
             allowed(store, max_attempts=max_attempts)
     else:

@@ -93,13 +93,6 @@ def test_creating_posts_the_very_object() -> None:
     assert api.sent == [("POST", RAY_JOBS_PATH, JOB)]
 
 
-def test_a_dry_run_keeps_nothing() -> None:
-    api = FakeApi((201, JOB))
-    assert api.client().create(RAY_JOBS, JOB, dry_run=True)
-    (_, url, body) = api.sent[0]
-    assert (parse_qs(urlsplit(url).query), body) == ({"dryRun": ["All"]}, JOB)
-
-
 def test_an_object_that_exists_is_told_apart() -> None:
     assert not FakeApi(EXISTS).client().create(RAY_JOBS, JOB)
 

@@ -11,12 +11,12 @@ from orchestrator.errors import SpecError, StoreError, TargetError
 from orchestrator.package import Package
 from orchestrator.record.logs import LogFile, LogWriter
 from orchestrator.spec import ResourcesSpec
-from orchestrator.targets.base import Capacity, JobState, Target
+from orchestrator.targets.base import Capacity, JobState, JobStatus, Target
 from orchestrator.targets.kubernetes.client import KubernetesClient
 from orchestrator.targets.kubernetes.target import KubernetesTarget
 from tests.unit.fakes import MemoryStore
 from tests.unit.render.requests import attempt, settings
-from tests.unit.targets.test_reasons import READY, SUSPENDED, UID, head, pending, ray_job, workload
+from tests.unit.targets.test_reasons import READY, SUSPENDED, UID, head, pending, pod, ray_job, workload
 
 Object = dict[str, Any]
 RUN, JOB = "code-lm-1a2b3c4d", "code-lm-1a2b3c4d-00002"
@@ -102,9 +102,22 @@ def test_submitting_stores_the_code_and_creates_the_very_object(memory_store: Me
 def test_submitting_again_attaches(memory_store: MemoryStore) -> None:
     client = FakeClient()
     target = client.target(memory_store)
-    request = target.render(attempt())
+    request = target.render(attempt(store_uri=memory_store.uri))
     target.submit(request, PACKAGE)
     assert not target.submit(request, PACKAGE).created
+
+
+def test_a_name_that_a_run_of_another_store_has_is_refused(memory_store: MemoryStore) -> None:
+    """Two stores may give one id to their runs; to attach would be to watch the other's."""
+    client = FakeClient()
+    target = client.target(memory_store)
+    theirs = target.render(attempt(store_uri="s3://theirs/prefix"))
+    target.submit(theirs)
+    with pytest.raises(TargetError, match=f"RayJob {JOB} in namespace headway works with s3://theirs/prefix") as caught:
+        target.submit(target.render(attempt(store_uri=memory_store.uri)), PACKAGE)
+    assert memory_store.uri in str(caught.value)
+    assert "change the run's name" in caught.value.next_step
+    assert client.objects == {JOB: theirs.body()}
 
 
 def test_without_its_code_no_job_is_created(memory_store: MemoryStore) -> None:
@@ -141,17 +154,53 @@ def test_more_than_it_can_ever_have_is_refused_before_it_waits(memory_store: Mem
 
 
 def test_a_job_that_is_not_there(memory_store: MemoryStore) -> None:
-    target = FakeClient().target(memory_store)
+    client = FakeClient()
+    target = client.target(memory_store)
     assert target.find(JOB) is None
+    assert client.asked == [f"pods headway.dev/job={JOB}"]
     assert target.find("") is None
-    with pytest.raises(TargetError, match=f"Namespace headway has no RayJob {JOB}") as caught:
-        target.status(JOB)
-    assert "Submit it again" in caught.value.next_step
+    assert len(client.asked) == 1, "without an id there is nothing to ask for"
+
+
+def test_a_job_that_was_deleted_holds_its_place_until_its_pods_are_gone(memory_store: MemoryStore) -> None:
+    """They may still save."""
+    client = FakeClient(pods=[head(ending=True), pod(ending=True)])
+    target = client.target(memory_store)
+    assert target.find(JOB) == JobStatus(
+        state=JobState.STOPPED, message="it was deleted; 2 of its pods are being ended", holds=True
+    )
+    assert client.asked == [f"pods headway.dev/job={JOB}"]
+    client.its_pods.clear()
+    assert target.find(JOB) is None
+
+
+def of_another_store(*status: str, **fields: Any) -> Object:
+    metadata = {"name": JOB, "annotations": {"headway.dev/store": "s3://theirs"}}
+    return ray_job(*status, metadata=metadata, **fields)
+
+
+@pytest.mark.parametrize("job", [of_another_store("Running", "RUNNING"), of_another_store("Suspended", **SUSPENDED)])
+def test_a_job_that_is_under_way_with_another_store_is_not_ours(memory_store: MemoryStore, job: Object) -> None:
+    with pytest.raises(TargetError, match=f"{JOB} in namespace headway works with s3://theirs, not with s3://memory"):
+        FakeClient(job, pods=READY).target(memory_store).find(JOB)
+
+
+def test_one_of_another_store_that_has_ended_is_nobodys(memory_store: MemoryStore) -> None:
+    """Its name is taken all the same, so that the next one is asked for."""
+    status = FakeClient(of_another_store("Complete", "SUCCEEDED")).target(memory_store).find(JOB)
+    assert status is not None
+    assert status.over
+
+
+def found(client: FakeClient, store: MemoryStore) -> JobStatus:
+    status = client.target(store).find(JOB)
+    assert status is not None
+    return status
 
 
 def test_of_a_job_that_runs_its_clusters_pods_are_asked_for(memory_store: MemoryStore) -> None:
-    client = FakeClient(ray_job("Running", "RUNNING"), pods=READY)
-    status = client.target(memory_store).status(JOB)
+    client = FakeClient(ray_job("Running", "RUNNING", metadata={"name": JOB}), pods=READY)
+    status = found(client, memory_store)
     assert (status.state, status.message) == (JobState.RUNNING, "3 of 3 pods ready")
     cluster = "demo-1a2b3c4d-00001-x7k2p"
     assert client.asked == [f"pods ray.io/cluster={cluster}", f"events {JOB}", f"events {cluster}"]
@@ -159,19 +208,19 @@ def test_of_a_job_that_runs_its_clusters_pods_are_asked_for(memory_store: Memory
 
 def test_of_a_job_that_waits_for_its_cluster_no_pods_are_asked_for(memory_store: MemoryStore) -> None:
     client = FakeClient({"metadata": {"name": JOB, "uid": "1"}, "spec": {}})
-    assert client.target(memory_store).status(JOB).state is JobState.PENDING
+    assert found(client, memory_store).state is JobState.PENDING
     assert client.asked == [f"events {JOB}"]
 
 
 def test_of_a_job_in_the_queue_the_queue_is_asked_for(memory_store: MemoryStore) -> None:
     client = FakeClient(ray_job("Suspended", rayClusterName="", **SUSPENDED))
     client.queue = [workload(pending("no quota"), uid=UID)]
-    assert client.target(memory_store).status(JOB).message == "queued in headway, place 1 of 1: no quota"
+    assert found(client, memory_store).message == "queued in headway, place 1 of 1: no quota"
 
 
 def test_of_a_job_that_has_ended_nothing_more_is_asked_for(memory_store: MemoryStore) -> None:
     client = FakeClient(ray_job("Complete", "SUCCEEDED", message="Job finished successfully."))
-    assert client.target(memory_store).status(JOB).state is JobState.SUCCEEDED
+    assert found(client, memory_store).state is JobState.SUCCEEDED
     assert client.asked == []
 
 
@@ -197,7 +246,7 @@ def test_the_log_of_a_job_that_has_ended_waits_for_its_pods(memory_store: Memory
     client.steps = [lambda: say(memory_store, "last words\n"), client.its_pods.clear]
     assert client.target(memory_store).logs(RUN, JOB) == "one\nlast words\n"
     assert client.num_slept == 2
-    assert client.asked == [f"pods headway.dev/run={RUN}"] * 3
+    assert client.asked == [f"pods headway.dev/job={JOB}"] * 3
 
 
 def test_pods_that_never_go_are_not_waited_for_for_ever(memory_store: MemoryStore) -> None:
@@ -241,11 +290,12 @@ def test_following_yields_what_comes_and_says_why_nothing_does(memory_store: Mem
     ]
 
 
-def test_following_ends_where_the_job_is_deleted(memory_store: MemoryStore) -> None:
+def test_following_ends_where_the_job_is_deleted_and_its_pods_have_said_all(memory_store: MemoryStore) -> None:
     client = FakeClient(ray_job("Running", "RUNNING"), pods=READY)
     say(memory_store, "one\n")
-    client.steps = [client.objects.clear, client.its_pods.clear]
-    assert [piece for piece in client.target(memory_store).follow(RUN, JOB) if piece] == ["one\n"]
+    client.steps = [client.objects.clear, lambda: say(memory_store, "saved\n"), client.its_pods.clear]
+    assert [piece for piece in client.target(memory_store).follow(RUN, JOB) if piece] == ["one\n", "saved\n"]
+    assert client.num_slept == 3
 
 
 # -- the head pod
@@ -253,8 +303,8 @@ def test_following_ends_where_the_job_is_deleted(memory_store: MemoryStore) -> N
 
 def test_the_head_of_a_run_is_the_newest_that_is_not_going_away(memory_store: MemoryStore) -> None:
     heads = [head(), head(), head(ending=True)]
-    for pod, minute in zip(heads, (1, 2, 3), strict=True):
-        pod["metadata"]["creationTimestamp"] = f"2026-03-01T10:0{minute}:00Z"
+    for each, minute in zip(heads, (1, 2, 3), strict=True):
+        each["metadata"]["creationTimestamp"] = f"2026-03-01T10:0{minute}:00Z"
     client = FakeClient(pods=heads)
     target = client.target(memory_store)
     assert target.head_pod(RUN) is heads[1]
@@ -262,19 +312,34 @@ def test_the_head_of_a_run_is_the_newest_that_is_not_going_away(memory_store: Me
     assert FakeClient().target(memory_store).head_pod(RUN) is None
 
 
-def test_runs_are_known_by_the_newest_of_their_jobs() -> None:
+def listed(name: str, run: str | None, *, second: int, store: str | None) -> Object:
+    metadata: Object = {"name": name, "creationTimestamp": f"2026-03-01T10:00:0{second}Z"}
+    if run is not None:
+        metadata["labels"] = {"headway.dev/run": run}
+    if store is not None:
+        metadata["annotations"] = {"headway.dev/store": store}
+    return {"metadata": metadata}
+
+
+def test_runs_are_known_by_the_newest_of_their_jobs(memory_store: MemoryStore) -> None:
     client = FakeClient()
-    jobs = [
+    for name, run, second in (
         ("a-00000001-00002", "a-00000001", 2),
         ("b-00000002-00001", "b-00000002", 3),
         ("a-00000001-00001", "a-00000001", 1),
-    ]
-    for name, run, age in jobs:
-        created = f"2026-03-01T10:00:0{age}Z"
-        labels = {"headway.dev/run": run}
-        client.objects[name] = {"metadata": {"name": name, "labels": labels, "creationTimestamp": created}}
-    client.objects["other"] = {"metadata": {"name": "other", "creationTimestamp": "2026-03-01T10:00:09Z"}}
-    assert list(client.target(MemoryStore()).runs().items()) == [
+    ):
+        client.objects[name] = listed(name, run, second=second, store=memory_store.uri)
+    assert list(client.target(memory_store).runs().items()) == [
         ("a-00000001", "a-00000001-00002"),
         ("b-00000002", "b-00000002-00001"),
     ]
+
+
+def test_ray_jobs_of_others_are_no_runs_of_this_store(memory_store: MemoryStore) -> None:
+    client = FakeClient()
+    client.objects = {
+        "other": listed("other", None, second=1, store=None),
+        "a": listed("a", "a-00000001", second=2, store="s3://theirs"),
+        "b": listed("b", "b-00000002", second=3, store=None),
+    }
+    assert client.target(memory_store).runs() == {}

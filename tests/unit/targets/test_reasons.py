@@ -147,6 +147,12 @@ SUSPENDED = {"spec": {"suspend": True}}
 
 
 def assert_waits(status: JobStatus, line: str) -> None:
+    """Something keeps it from going on."""
+    assert status == JobStatus(state=JobState.PENDING, message=line, stands_still=True)
+    assert "\n" not in line
+
+
+def assert_on_its_way(status: JobStatus, line: str) -> None:
     assert status == JobStatus(state=JobState.PENDING, message=line)
     assert "\n" not in line
 
@@ -380,13 +386,13 @@ def test_a_refusal_that_is_over_is_not_told() -> None:
     refusal = event("FailedToCreateWorkerPod", f"Failed to create worker Pod for the cluster headway/x, {QUOTA}")
     created = event("CreatedWorkerPod", "Created worker Pod headway/w2", kind="Normal")
     starting = [head(ready=True), pod("w1", ready=True)]
-    assert_waits(job_status(ray_job(), pods=starting, events=[refusal, created]), "2 of 3 pods ready")
-    assert_waits(job_status(ray_job(), pods=[*starting, pod("w2")], events=[refusal]), "2 of 3 pods ready")
+    assert_on_its_way(job_status(ray_job(), pods=starting, events=[refusal, created]), "2 of 3 pods ready")
+    assert_on_its_way(job_status(ray_job(), pods=[*starting, pod("w2")], events=[refusal]), "2 of 3 pods ready")
 
 
 def test_other_warnings_are_not_refusals() -> None:
     events = [event("FailedToDeleteWorkerPod", "Failed deleting pod"), event("Unhealthy", "probe failed")]
-    assert_waits(job_status(ray_job(), events=events), "waiting for pods (Initializing)")
+    assert_on_its_way(job_status(ray_job(), events=events), "waiting for pods (Initializing)")
 
 
 # -- the queue
@@ -493,7 +499,7 @@ def test_preempted_while_its_pods_end() -> None:
     ],
 )
 def test_what_is_not_running_yet(job: Object, pods: list[Object], line: str) -> None:
-    assert_waits(job_status(job, pods=pods), line)
+    assert_on_its_way(job_status(job, pods=pods), line)
 
 
 @pytest.mark.parametrize(
@@ -501,17 +507,43 @@ def test_what_is_not_running_yet(job: Object, pods: list[Object], line: str) -> 
     [
         (READY, "3 of 3 pods ready"),
         ([head(ready=True), pod("w1", ready=True), pod("w2", ending=True)], "2 of 3 pods ready, 1 being ended"),
+    ],
+)
+def test_what_is_running(pods: list[Object], line: str) -> None:
+    job = ray_job("Running", "RUNNING", message="Job is currently running.")
+    assert job_status(job, pods=pods) == JobStatus(state=JobState.RUNNING, message=line)
+
+
+@pytest.mark.parametrize(
+    ("pods", "line"),
+    [
         ([pod("w1", ready=True)], "its head pod is lost; KubeRay makes another, where the run goes on"),
         ([head(ready=True, ending=True)], "its head pod is lost; KubeRay makes another, where the run goes on"),
         (
             [head(ready=True), pod(ray=container("ray", state=terminated(137, reason="OOMKilled")))],
             f"worker pod {CLUSTER}-w1: ray was killed for want of memory (OOMKilled); raise its memory in target.yaml",
         ),
+        (
+            # KubeRay makes a lost worker anew, beside a head that goes on.
+            [head(ready=True), pod(init=[container("fetch-code", last=terminated(2, message=VERSIONS))])],
+            f"worker pod {CLUSTER}-w1 cannot use the code: {VERSIONS.removeprefix('headway: ').strip()}",
+        ),
+        (
+            [head(ready=True), pod(ray=container("ray", state=waiting("ErrImageNeverPull", "not present")))],
+            f"worker pod {CLUSTER}-w1: ray waits, ErrImageNeverPull: not present",
+        ),
     ],
 )
-def test_what_is_running(pods: list[Object], line: str) -> None:
+def test_a_job_that_runs_is_not_given_up_for_what_keeps_it_from_going_on(pods: list[Object], line: str) -> None:
     job = ray_job("Running", "RUNNING", message="Job is currently running.")
-    assert job_status(job, pods=pods) == JobStatus(state=JobState.RUNNING, message=line)
+    assert job_status(job, pods=pods) == JobStatus(state=JobState.RUNNING, message=line, stands_still=True)
+
+
+@pytest.mark.parametrize(("deployment", "job"), [("Running", "PENDING"), ("Initializing", "")])
+def test_one_whose_program_has_yet_to_begin_is(deployment: str, job: str) -> None:
+    worker = pod(init=[container("fetch-code", last=terminated(2, message=VERSIONS))])
+    status = job_status(ray_job(deployment, job), pods=[head(ready=True), worker])
+    assert (status.state, status.hopeless) == (JobState.FAILED, True)
 
 
 def test_a_job_that_is_being_deleted_has_not_ended() -> None:
@@ -610,17 +642,6 @@ ENTRYPOINT = "Job entrypoint command failed with exit code {}, last available lo
         ),
         pytest.param(
             ray_job(
-                "ValidationFailed",
-                reason="ValidationFailed",
-                message="The RayJob metadata is invalid: RayJob name should be no more than 47 characters",
-            ),
-            JobState.FAILED,
-            "ValidationFailed: The RayJob metadata is invalid: RayJob name should be no more than 47 characters",
-            None,
-            id="KubeRay refuses it",
-        ),
-        pytest.param(
-            ray_job(
                 "Failed", reason="SubmissionFailed", message="Job submission has failed. Reason: BackoffLimitExceeded."
             ),
             JobState.FAILED,
@@ -654,5 +675,14 @@ ENTRYPOINT = "Job entrypoint command failed with exit code {}, last available lo
 def test_every_end(job: Object, state: JobState, line: str, exit_code: int | None) -> None:
     status = job_status(job, pods=READY)
     assert status == JobStatus(state=state, message=line, exit_code=exit_code)
-    assert status.state.ended
+    assert status.over
     assert "\n" not in line
+
+
+def test_what_kuberay_refuses_keeps_its_quota_until_it_is_deleted() -> None:
+    """Kueue asks the RayJob for an end, and takes ValidationFailed for none."""
+    said = "The RayJob metadata is invalid: RayJob name should be no more than 47 characters"
+    status = job_status(ray_job("ValidationFailed", reason="ValidationFailed", message=said))
+    assert (status.state, status.message) == (JobState.FAILED, f"ValidationFailed: {said}")
+    assert status.hopeless
+    assert not status.over
