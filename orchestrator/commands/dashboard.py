@@ -50,8 +50,11 @@ def dashboard(
         pod = cluster.head_pod(run_id)
         return None if pod is None else str(pod["metadata"]["name"])
 
-    _named(head(), run_id, cluster.flag)
-    with forwarded(cluster.client, lambda: _named(head(), run_id, cluster.flag), DASHBOARD_PORT, local_port=port) as local_port:
+    def head_name() -> str:
+        return _named(head(), run_id, cluster.flag)
+
+    head_name()
+    with forwarded(cluster.client, head_name, DASHBOARD_PORT, local_port=port) as local_port:
         url = f"http://127.0.0.1:{local_port}"
         with login_link(token, url) as link:
             reporter.result({"run_id": run_id, "url": url, "login_url": link}, _text(run_id, url, link))
