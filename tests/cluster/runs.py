@@ -93,8 +93,15 @@ class Submitted:
         found = self.cluster.objects("pods", selector)
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
+    def wait_until_gone(self) -> None:
+        """Until its pods are, which is when its RayJob has ended too."""
+        gone = lambda: self.cluster.objects("pods", f"headway.dev/run={self.run_id}") == []  # noqa: E731
+        assert processes.wait_until(gone, timeout_s=RUN_TIMEOUT_S, ended=lambda: False), "its pods are left"
+
     def ray_jobs(self) -> list[dict[str, Any]]:
-        return self.cluster.objects("rayjobs", f"headway.dev/run={self.run_id}")
+        """Of this run in this store; another test may have run the same in a store of its own."""
+        found = self.cluster.objects("rayjobs", f"headway.dev/run={self.run_id}")
+        return [job for job in found if job["metadata"]["annotations"]["headway.dev/store"] == self.store.uri]
 
 
 def losses_of(steps: list[dict[str, Any]]) -> dict[int, float]:

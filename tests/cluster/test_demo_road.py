@@ -224,8 +224,7 @@ def test_it_passes_the_gate_and_its_losses_are_those_of_the_local_target(
 def test_the_log_is_there_when_the_pods_are_gone(
     cluster: Installed, directory: Path, prefix: str, road: Submitted
 ) -> None:
-    gone = lambda: cluster.objects("pods", f"headway.dev/run={road.run_id}") == []  # noqa: E731
-    assert processes.wait_until(gone, timeout_s=COMMAND_TIMEOUT_S, ended=lambda: False), "pods are left"
+    road.wait_until_gone()
     log = run(cluster, directory, prefix, "logs", "code-lm", "--target", "kubernetes").assert_done().out
     assert "train done in " in log
     assert f"{road.run_id} is done: code-lm@1" in log

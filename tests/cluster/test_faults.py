@@ -20,7 +20,9 @@ EVERY = 20
 
 @pytest.fixture(scope="module")
 def broken(cluster: Installed, directory: Path, prefix: str, road: Submitted) -> Iterator[Submitted]:
-    road.finish().assert_done()  # it has the GPUs until then
+    road.finish().assert_done()
+    # It has the GPUs until then, and of two stores only one may have a RayJob of a name under way.
+    road.wait_until_gone()
     with submit(cluster, directory, f"{prefix}/broken") as submitted:
         yield submitted
 
@@ -33,7 +35,8 @@ def kill_worker_process(run: Submitted) -> None:
 
 def delete_worker_pod(run: Submitted) -> None:
     pod = run.pods("worker")[-1]["metadata"]["name"]
-    run.cluster.kubectl("-n", NAMESPACE, "delete", "pod", pod, "--wait=false")
+    # Without its grace, in which it would train on, and this run is short.
+    run.cluster.kubectl("-n", NAMESPACE, "delete", "pod", pod, "--force", "--grace-period=0", "--wait=false")
 
 
 def delete_head_pod(run: Submitted) -> None:

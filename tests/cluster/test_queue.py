@@ -39,7 +39,7 @@ def small_prefix(prefix: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(cluster: Installed, small_prefix: str) -> str:
-    store = open_store_with(cluster.settings(f"{small_prefix}/source"))
+    store = open_store_with(cluster.settings(f"demo/{small_prefix}"))  # where the trainer may read data
     for number in range(12):
         text = " ".join(f"{number * 7 + each % 53:x}" for each in range(1000))
         store.upload(f"{number:02d}.txt", text.encode())
@@ -65,7 +65,7 @@ def refused_and_not_finite(
     folder = tmp_path_factory.mktemp("small")
     first = working_directory(cluster, folder, "refused", source, gate={"max_loss": 0.1})
     second = working_directory(
-        cluster, folder, "not-finite", source, train={**SMALL["train"], "optimizer": {"learning_rate": 1e38}}
+        cluster, folder, "not-finite", source, train={**SMALL["train"], "optimizer": {"learning_rate": 1e30}}
     )
     with (
         submit(cluster, first, small_prefix, name="refused") as refused,
@@ -96,7 +96,7 @@ def test_a_gate_refusal_and_a_loss_that_is_not_finite_start_no_second_cluster(
     said = refused.finish()
     assert (said.code, "was refused by the gate" in said.err) == (3, True), said.err
     said = not_finite.finish()
-    assert (said.code, "not finite" in said.err) == (1, True), said.err
+    assert (said.code, "failed for good: The loss became " in said.err) == (1, True), said.err
     for run in refused_and_not_finite:
         (job,) = run.ray_jobs()
         status = job["status"]
@@ -136,5 +136,5 @@ def test_a_missing_secret_is_named_and_a_stop_gives_the_place_back(
         (job,) = [job for job in cluster.objects("rayjobs") if job["metadata"]["name"].startswith("no-secret-")]
         cluster.kubectl("-n", NAMESPACE, "delete", "rayjob", job["metadata"]["name"], "--wait=false")
         said = run.finish()
-    assert said.code == 1, said.err
-    assert "no longer knows its job" in said.err
+    assert said.code in (1, 130), said.err  # gone at once, or its pods are still being ended
+    assert "its job was stopped" in said.err or "no longer knows its job" in said.err

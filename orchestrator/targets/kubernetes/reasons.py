@@ -207,9 +207,10 @@ def _containers(status: Object) -> Iterator[Object]:
 
 
 def _own_words(ended: Object) -> str:
-    """The last line that a container said, without the program's own prefix."""
+    """What a container said of its end: Headway's own line, which is followed by the next step, else its last one."""
     lines = [line for line in str(ended.get("message") or "").splitlines() if line.strip()]
-    return _short(lines[-1].removeprefix(_OWN_WORD)) if lines else str(ended.get("reason") or "no word of it")
+    told = [line.removeprefix(_OWN_WORD) for line in lines if line.startswith(_OWN_WORD)] or lines
+    return _short(told[-1]) if told else str(ended.get("reason") or "no word of it")
 
 
 def _refusal(events: Sequence[Object]) -> str:

@@ -140,8 +140,8 @@ LACKING = (
 )
 READY = [head(ready=True), pod("w1", ready=True), pod("w2", ready=True)]
 VERSIONS = (
-    "headway: This image holds Headway 0.1.0, and the run was submitted by Headway 0.2.0. Name the image of 0.2.0 in "
-    "the target's settings, or submit with 0.1.0: pip install headway==0.1.0\n"
+    "headway: This image holds Headway 0.1.0, and the run was submitted by Headway 0.2.0.\n"
+    "  → Name the image of 0.2.0 in the target's settings, or submit with 0.1.0: pip install headway==0.1.0\n"
 )
 SUSPENDED = {"spec": {"suspend": True}}
 
