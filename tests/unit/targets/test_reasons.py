@@ -526,7 +526,7 @@ def test_what_is_running(pods: list[Object], line: str) -> None:
         (
             # KubeRay makes a lost worker anew, beside a head that goes on.
             [head(ready=True), pod(init=[container("fetch-code", last=terminated(2, message=VERSIONS))])],
-            f"worker pod {CLUSTER}-w1 cannot use the code: {VERSIONS.removeprefix('headway: ').strip()}",
+            f"worker pod {CLUSTER}-w1 cannot use the code: {VERSIONS.splitlines()[0].removeprefix('headway: ')}",
         ),
         (
             [head(ready=True), pod(ray=container("ray", state=waiting("ErrImageNeverPull", "not present")))],
