@@ -52,7 +52,7 @@ from orchestrator.commands.pod import save_and_stop
 from orchestrator.reporter import Reporter
 run, job, timeout, store = sys.argv[1:]
 reporter = Reporter()
-reporter.result(*save_and_stop(run, job=job, timeout_s=float(timeout), store_uri=store, reporter=reporter))
+reporter.result(*save_and_stop(run, job=job, pod=None, timeout_s=float(timeout), store_uri=store, reporter=reporter))
 """
 
 
