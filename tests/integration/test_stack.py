@@ -120,7 +120,7 @@ def test_a_job_runs_in_the_packaged_directory(target, tmp_path):
     package = packaging.package(tmp_path)
     request = job("hello-1", "cat hello.txt && echo $HEADWAY_STORE", working_dir=package_uri(package.digest))
     assert target.submit(request, package).created
-    text = "".join(target.follow("hello-1"))
+    text = "".join(target.follow("", "hello-1"))
     assert "hello from the package" in text
     assert stacks.STORE in text
     status = target.status("hello-1")
@@ -130,7 +130,7 @@ def test_a_job_runs_in_the_packaged_directory(target, tmp_path):
 
 def test_headway_itself_is_on_a_jobs_path(target):
     target.submit(job("path-1", "command -v ray && exit 3"))
-    assert os.path.dirname(sys.executable) in "".join(target.follow("path-1"))
+    assert os.path.dirname(sys.executable) in "".join(target.follow("", "path-1"))
     status = target.status("path-1")
     assert (status.state, status.exit_code) == (JobState.FAILED, 3)
 
@@ -152,9 +152,9 @@ def test_rays_own_command_line_needs_no_settings(stack, tmp_path):
 def test_a_stopped_job_gets_its_grace_period(target):
     saving = "trap 'sleep 4; echo saved; exit 0' TERM; echo ready; while true; do sleep 0.1; done"
     target.submit(job("stop-1", saving))
-    wait_for(lambda: "ready" in target.logs("stop-1"))
+    wait_for(lambda: "ready" in target.logs("", "stop-1"))
     assert target.stop("stop-1")
-    assert "saved" in "".join(target.follow("stop-1"))  # Ray's own grace period is 3 s
+    assert "saved" in "".join(target.follow("", "stop-1"))  # Ray's own grace period is 3 s
     assert target.status("stop-1").state is JobState.STOPPED
 
 
@@ -218,7 +218,7 @@ def test_a_killed_server_is_repaired_and_its_data_is_there(stack, directory, opt
 
 def test_down_ends_everything_and_keeps_the_data(stack, directory, target):
     target.submit(job("left-1", "trap '' TERM; echo ready; while true; do sleep 0.1; done"))
-    wait_for(lambda: "ready" in target.logs("left-1"))
+    wait_for(lambda: "ready" in target.logs("", "left-1"))
     began_s = time.monotonic()
     local.down(directory, quiet)
     print(f"down in {time.monotonic() - began_s:.1f} s, one process killed")
