@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +28,6 @@ from orchestrator.errors import (
     Interrupted,
     NotFound,
     RunError,
-    StoreError,
 )
 from orchestrator.plan import num_steps
 from orchestrator.record import EventLog
@@ -46,7 +43,6 @@ from orchestrator.store.attempts import (
     Allowance,
     end_attempt,
     ensure_newest,
-    request_stop,
     require_turn,
     stop_reason,
 )
@@ -56,6 +52,7 @@ from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
 from workloads.export_file import as_ray_tasks
 from workloads.prepare import prepare
+from workloads.signals import stop_on_signal
 from workloads.tasks import check_task, task_of
 from workloads.train import TrainJob
 
@@ -97,7 +94,7 @@ def run(
     say(f"{identity.run_id}: attempt {attempt.number}")
     events = EventLog(store, attempt, "pipeline")
     try:
-        with _stop_on_signal(store, attempt):
+        with stop_on_signal(store, attempt):
             pipeline = Pipeline(spec, store, identity, attempt, events, say)
             found = pipeline.execute()
             ensure_newest(store, attempt)
@@ -381,25 +378,3 @@ def _record_end(store: Store, attempt: Attempt, events: EventLog, error: BaseExc
         end_attempt(store, attempt, state=state, reason=reason)
     except HeadwayError as e:
         logger.warning("How attempt %d ended could not be recorded: %s", attempt.number, e)
-
-
-@contextmanager
-def _stop_on_signal(store: Store, attempt: Attempt) -> Iterator[None]:
-    """SIGTERM asks this attempt to save and end: ranks see the request in the store, agree on it, and save."""
-
-    def ask(number: int, _frame: object) -> None:
-        reason = f"the job was asked to stop ({signal.Signals(number).name})"
-        threading.Thread(target=_ask_to_stop, args=(store, attempt, reason), daemon=True).start()
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _ask_to_stop(store: Store, attempt: Attempt, reason: str) -> None:
-    try:
-        request_stop(store, attempt.run_id, attempt.number, reason=reason)
-    except StoreError as e:
-        logger.warning("Attempt %d goes on, since the stop could not be asked for: %s", attempt.number, e)

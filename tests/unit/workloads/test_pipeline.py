@@ -32,7 +32,8 @@ from tests.tiny_model import make_version
 from tests.unit.fakes import MemoryStore
 from workloads.cluster import own_errors
 from workloads.export import Export
-from workloads.pipeline import Pipeline, _ask_to_stop, _serving
+from workloads.pipeline import Pipeline, _serving
+from workloads.signals import _ask_to_stop
 
 RELEASE = ReleaseSpec(model="lm")
 DATASET: Any = SimpleNamespace(fingerprint="0123456789abcdef")
