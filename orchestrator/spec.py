@@ -26,13 +26,52 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class ModelSpec(Part):
-    """What is trained: an architecture from scratch, in the words of a transformers config."""
+class LoraSpec(Part):
+    """Low-rank adapters beside the frozen weights of a pretrained model (Hu et al. 2021), through peft."""
 
-    architecture: dict[str, Any]
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """The adapter's output is scaled by ``alpha / rank``."""
+    dropout: Momentum = 0.0
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] | Literal["all-linear"] = "all-linear"
+    """Last parts of module names, such as ``q_proj``; ``all-linear`` is every linear layer but the output."""
+
+
+class ModelSpec(Part):
+    """What is trained: an architecture from scratch, in the words of a transformers config, or a pretrained model."""
+
+    architecture: dict[str, Any] | None = None
     """``model_type`` and any field of that transformers config. ``vocab_size`` follows the tokenizer unless set."""
+    pretrained: Annotated[str, Field(min_length=1)] | None = None
+    """A Hugging Face directory or a GGUF file: a path, ``s3://bucket/prefix``, or ``hf://org/name@<commit>``."""
+    trust_remote_code: bool = False
+    """Whether Python code that lies beside the pretrained weights may run."""
+    lora: LoraSpec | None = None
     init_from: str | None = None
     """``RUN-ID@STEP``: a committed checkpoint of another run in the same store, whose weights to start from."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSpec:
+        if (self.architecture is None) == (self.pretrained is None):
+            raise ValueError("needs exactly one of architecture (from scratch) and pretrained (weights to start from)")
+        if self.pretrained is not None and self.init_from is not None:
+            raise ValueError("takes pretrained or init_from, not both: each says which weights to start from")
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("takes lora only beside pretrained, whose weights the adapter leaves as they are")
+        if self.trust_remote_code and self.pretrained is None:
+            raise ValueError("takes trust_remote_code only beside pretrained")
+        return self
+
+    @field_validator("pretrained")
+    @classmethod
+    def _pins_a_commit(cls, value: str | None) -> str | None:
+        if (
+            value is not None
+            and value.startswith("hf://")
+            and not re.fullmatch(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}", value)
+        ):
+            raise ValueError("must be hf://org/name@<commit>, with all 40 digits of the commit; a branch may move")
+        return value
 
     def init_from_checkpoint(self) -> tuple[str, int]:
         """``init_from`` as (run id, step)."""
@@ -48,7 +87,9 @@ class ModelSpec(Part):
 
     @field_validator("architecture")
     @classmethod
-    def _has_model_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _has_model_type(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
         if not isinstance(value.get("model_type"), str):
             raise ValueError("needs model_type, the name of a transformers architecture such as llama")
         try:
@@ -58,6 +99,11 @@ class ModelSpec(Part):
         return value
 
 
+SampleKind = Literal["stream", "packed", "labelled"]
+"""``stream``: text cut into equal pieces. ``packed``: whole conversations, several to a row, of which only the
+assistant's tokens are targets. ``labelled``: one text a row, and its class."""
+
+
 class DataSpec(Part):
     """Where the samples come from: a source to prepare, or a dataset prepared before."""
 
@@ -65,9 +111,14 @@ class DataSpec(Part):
     """A glob under ``s3://bucket/prefix`` or a local path; ``**`` crosses folders."""
     dataset: Annotated[str, Field(min_length=1)] | None = None
     """``NAME`` (its newest preparation) or ``NAME@FINGERPRINT``."""
-    format: Literal["text", "jsonl", "parquet"] = "text"
+    format: Literal["text", "jsonl", "parquet", "messages"] = "text"
+    """``messages`` is JSON lines or Parquet of conversations: ``messages``, or ``prompt`` and ``completion``."""
     text_field: str = "text"
     """The field or column that holds the text, for jsonl and parquet."""
+    label_field: Annotated[str, Field(min_length=1)] | None = None
+    """The field or column that holds the class of the text, for jsonl and parquet."""
+    long_samples: Literal["truncate", "skip"] = "truncate"
+    """What becomes of a conversation, or a labelled text, that is longer than ``sequence_length``."""
     vocab_size: Annotated[int, Field(ge=258, le=2**31)] = 4096
     """Size of the byte-level BPE trained on the source."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
@@ -79,7 +130,16 @@ class DataSpec(Part):
     def _one_source(self) -> DataSpec:
         if (self.train is None) == (self.dataset is None):
             raise ValueError("needs exactly one of train (a source to prepare) and dataset (prepared before)")
+        if self.label_field is not None and self.format not in ("jsonl", "parquet"):
+            raise ValueError(f"label_field {self.label_field!r} needs format jsonl or parquet, not {self.format}")
         return self
+
+    @property
+    def kind(self) -> SampleKind:
+        """What the samples of this data are; see :data:`SampleKind`."""
+        if self.format == "messages":
+            return "packed"
+        return "stream" if self.label_field is None else "labelled"
 
 
 class OptimizerSpec(Part):
@@ -108,6 +168,18 @@ class ZeroSpec(Part):
         return self
 
 
+class EvaluateSpec(Part):
+    """The held-out split, looked at while training goes on."""
+
+    every_steps: PositiveInt
+    max_samples: PositiveInt | None = 256
+    """Looks at the first so many samples of the split; null takes all."""
+    patience: PositiveInt | None = None
+    """Training ends early once so many looks in a row did not better the best loss; null never ends it."""
+    min_improvement: Annotated[float, Field(ge=0.0)] = 0.0
+    """Nats per target by which a look has to better the best one, to count as better."""
+
+
 class TrainSpec(Part):
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0.0)] | None = None
@@ -121,6 +193,12 @@ class TrainSpec(Part):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """``auto`` is bf16 where the device computes it natively, else fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    evaluate: EvaluateSpec | None = None
+    """Evaluation while training goes on; null evaluates the exported model alone."""
+    deepspeed: dict[str, Any] = Field(default={})
+    """Merged into DeepSpeed's config, but for what Headway sets itself."""
     step_timeout: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds without progress after which a worker is hung, and the group of workers is restarted."""
 
@@ -166,6 +244,8 @@ class ExportSpec(Part):
     """``auto`` is the precision that the run was trained in."""
     max_shard_bytes: Annotated[int, Field(ge=2**20)] = 2 * 2**30
     """Tensors in one file; a larger tensor gets a file of its own."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """``merged`` writes the whole model, ``adapter`` peft's files alone, which refer to the pretrained model."""
 
 
 class GateSpec(Part):
@@ -268,21 +348,37 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunSpec.model_json_schema()}
 
 
-def run_id(spec: RunSpec, *, dataset_fingerprint: str, code_digest: str) -> str:
+def run_id(spec: RunSpec, *, dataset_fingerprint: str, code_digest: str, base_fingerprint: str = "") -> str:
     """``<name>-<8 hex digits>`` of what changes the weights, and of nothing else.
 
     checkpoint, resources, export, gate, release, env, secrets, train.step_timeout and the target stay outside: editing
-    them continues the same run.
+    them continues the same run. A pretrained model counts by its contents, not by where it lies. Settings that came
+    later count where they are made, so that runs from before keep their ids.
     """
+    train = spec.train
+    later = {
+        "activation_checkpointing": train.activation_checkpointing,
+        "evaluate": train.evaluate is not None,
+        "deepspeed": bool(train.deepspeed),
+    }
     changes_weights = {
         "task": spec.task,
-        "model": spec.model.model_dump(mode="json", exclude=None if spec.model.init_from else {"init_from"}),
-        "train": spec.train.model_dump(mode="json", exclude={"step_timeout"}),
+        "model": _model_identity(spec.model, base_fingerprint),
+        "train": train.model_dump(
+            mode="json", exclude={"step_timeout", *(field for field, is_set in later.items() if not is_set)}
+        ),
         "dataset": dataset_fingerprint,
         "sequence_length": spec.data.sequence_length,
         "code": code_digest if spec.user_code else "",
     }
     return f"{spec.name}-{hashlib.sha256(canonical_json(changes_weights)).hexdigest()[:8]}"
+
+
+def _model_identity(model: ModelSpec, base_fingerprint: str) -> dict[str, Any]:
+    given: dict[str, Any] = model.model_dump(
+        mode="json", exclude={"pretrained", "trust_remote_code"}, exclude_none=True
+    )
+    return {**given, "base": base_fingerprint} if model.pretrained is not None else given
 
 
 def canonical_json(value: Any) -> bytes:
