@@ -23,14 +23,17 @@ from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError, SpecError, TimedOut
 from orchestrator.memory import ModelSize
-from orchestrator.spec import canonical_json
+from orchestrator.spec import LoraSpec, canonical_json
 
-AUTO_CLASSES = {"causal-lm": "AutoModelForCausalLM"}
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
 """The transformers class that builds a built-in task's model."""
 CACHE_VARIABLE = "HEADWAY_CACHE"
 COUNT_TIMEOUT_S = 300.0  # torch alone takes a minute to import where its bytecode is not compiled
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
-_FORMAT = "headway/size/1"
+_FORMAT = "headway/size/2"
 _CHILD = Path(__file__).with_name("meta_model.py")
 _LENGTH_BYTES = 8
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8}
@@ -62,6 +65,8 @@ def count_parameters(
     *,
     vocab_size: int,
     auto_class: str,
+    is_pretrained: bool = False,
+    lora: LoraSpec | None = None,
     cache: Path | None = None,
     python: str = sys.executable,
     timeout_s: float = COUNT_TIMEOUT_S,
@@ -69,26 +74,27 @@ def count_parameters(
     """The size of the model that transformers makes of ``architecture``, without building it in memory.
 
     Args:
-        architecture: ``model.architecture`` of a run file.
+        architecture: ``model.architecture`` of a run file, or a pretrained model's config.json.
         vocab_size: the tokenizer's, for an architecture that does not set its own.
         auto_class: such as ``AutoModelForCausalLM``; see :data:`AUTO_CLASSES`.
+        is_pretrained: whether it is a config.json.
+        lora: adapters beside the model's weights, which then count as frozen.
         cache: folder of remembered counts, by default :func:`cache_folder`.
         python: the interpreter whose torch and transformers count.
 
     Raises:
-        SpecError: transformers refuses the architecture.
+        SpecError: transformers refuses the architecture, or peft the adapters.
         TimedOut: the count took over ``timeout_s``.
     """
-    versions = {name: _version(name) for name in ("torch", "transformers")}
+    versions = {name: _version(name) for name in ("torch", "transformers", *(["peft"] if lora else []))}
     missing = [name for name, version in versions.items() if version is None]
     if missing:
-        needs = f"counting the parameters of {architecture['model_type']!r} needs {' and '.join(missing)}"
+        needs = f"counting the parameters of {architecture.get('model_type')!r} needs {' and '.join(missing)}"
         return Sizing(size=None, reason=f"{needs}: pip install 'headway[train]'")
     full = {"vocab_size": vocab_size, **architecture}
-    request = {"architecture": full, "auto_class": auto_class}
-    key = hashlib.sha256(
-        canonical_json({**request, "transformers": versions["transformers"], "format": _FORMAT})
-    ).hexdigest()
+    adapter = lora.model_dump(mode="json", include={"rank", "target_modules"}) if lora else None
+    request = {"architecture": full, "auto_class": auto_class, "is_pretrained": is_pretrained, "lora": adapter}
+    key = hashlib.sha256(canonical_json({**request, "versions": versions, "format": _FORMAT})).hexdigest()
     path = (cache or cache_folder()) / "sizes" / f"{key}.json"
     known = _read(path)
     if known is not None:
@@ -97,7 +103,7 @@ def count_parameters(
     if isinstance(answer, str):
         return Sizing(size=None, reason=answer)
     if "refused" in answer:
-        raise _refusal(full, answer)
+        raise _refusal(full, answer, is_pretrained=is_pretrained)
     size = ModelSize.model_validate(answer)
     _write(path, size)
     return Sizing(size=size)
@@ -217,8 +223,15 @@ def _ask_child(request: dict[str, Any], *, python: str, timeout_s: float) -> dic
     return answer
 
 
-def _refusal(architecture: Mapping[str, Any], answer: Mapping[str, Any]) -> SpecError:
+def _refusal(architecture: Mapping[str, Any], answer: Mapping[str, Any], *, is_pretrained: bool) -> SpecError:
     field, reason = answer["field"], answer["refused"]
+    if field == "lora":
+        return SpecError(f"model.lora is refused: {reason}.", next_step="Set model.lora.target_modules to its modules.")
+    if is_pretrained:
+        return SpecError(
+            f"model.pretrained: its config.json is refused: {reason}.",
+            next_step="Use a model whose model_type this version of transformers has.",
+        )
     where = f"model.architecture.{field}" if field else "model.architecture"
     shown = f" {json.dumps(architecture[field], default=str)[:80]}" if field in architecture else ""
     return SpecError(

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from orchestrator.deepspeed_keys import check_keys
 from orchestrator.document import ENV_NAME, NAME, SECRET_NAME, Part, check, read_yaml
 
 _STARTER = "headway init"
@@ -24,6 +25,8 @@ EnvName = Annotated[str, Field(pattern=ENV_NAME)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Metric = Annotated[str, Field(min_length=1)]
 
 
 class LoraSpec(Part):
@@ -92,10 +95,7 @@ class ModelSpec(Part):
             return None
         if not isinstance(value.get("model_type"), str):
             raise ValueError("needs model_type, the name of a transformers architecture such as llama")
-        try:
-            canonical_json(value)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"holds what JSON cannot say: {e}") from e
+        _require_json(value)
         return value
 
 
@@ -202,6 +202,13 @@ class TrainSpec(Part):
     step_timeout: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds without progress after which a worker is hung, and the group of workers is restarted."""
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _leaves_ours_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_keys(value)
+        _require_json(value)
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:
         if (self.steps is None) == (self.epochs is None):
@@ -250,7 +257,11 @@ class ExportSpec(Part):
 
 class GateSpec(Part):
     max_loss: Annotated[float, Field(gt=0.0)] | None = None
-    """Nats per token on the held-out split."""
+    """Nats per target on the held-out split."""
+    min: dict[Metric, Finite] = Field(default={})
+    """The least that figures of the evaluation may be, by name, such as ``accuracy``."""
+    max: dict[Metric, Finite] = Field(default={})
+    """The most that they may be."""
     must_beat_serving: bool = False
     max_eval_samples: PositiveInt | None = None
     """Evaluate on the first so many samples of the held-out split; null takes all."""
@@ -379,6 +390,13 @@ def _model_identity(model: ModelSpec, base_fingerprint: str) -> dict[str, Any]:
         mode="json", exclude={"pretrained", "trust_remote_code"}, exclude_none=True
     )
     return {**given, "base": base_fingerprint} if model.pretrained is not None else given
+
+
+def _require_json(value: Any) -> None:
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"holds what JSON cannot say: {e}") from e
 
 
 def canonical_json(value: Any) -> bytes:

@@ -91,9 +91,9 @@ def add_up(
         for start in range(share * rows, num_samples, rows * num_shares):
             indices = np.arange(start, min(start + rows, num_samples), dtype=np.int64)
             samples = Samples(
-                rows={"tokens": reader.samples(indices)},
+                rows=reader.rows(indices),
                 num_real=len(indices),
-                row_rng=partial(_row_rng, start),
+                row_rng=partial(row_rng, start),
             )
             batch = task.collate(samples)
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -102,5 +102,6 @@ def add_up(
     return dict(sums), num_targets
 
 
-def _row_rng(first: int, row: int) -> np.random.Generator:
+def row_rng(first: int, row: int) -> np.random.Generator:
+    """Of row ``row`` of the samples from ``first`` on."""
     return np.random.default_rng([_SEED, first + row])

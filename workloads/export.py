@@ -11,11 +11,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from orchestrator.checkpoint.adapter import BaseReference
 from orchestrator.checkpoint.catalog import find, read_manifest
-from orchestrator.checkpoint.export import INDEX_NAME, ExportedFile, plan_files, weight_index
+from orchestrator.checkpoint.export import INDEX_NAME, ExportedFile, Form, plan_files, weight_index
 from orchestrator.checkpoint.retention import pin
 from orchestrator.dataset.format import DatasetManifest
 from orchestrator.dataset.format import read_manifest as read_dataset
+from orchestrator.dataset.tokenizer import fetch_tokenizer
 from orchestrator.errors import AlreadyExists, AttemptFailed, IntegrityError, NotFound, RunError, SpecError
 from orchestrator.release.versions import VersionFile, claim_version
 from orchestrator.spec import RunSpec
@@ -41,6 +43,8 @@ class Export(BaseModel):
     """As the checkpoint's scalars have them."""
     dtype: str
     files: dict[str, VersionFile]
+    base: BaseReference | None = None
+    """The pretrained weights without which the files are no model: an adapter alone was exported."""
 
 
 def read_export(store: Store, run_id: str) -> Export | None:
@@ -66,15 +70,22 @@ def export(
     """Export the checkpoint of ``step``, straight to the folder of the version that it may become.
 
     Args:
+        task: with the base that the run started from, where it did.
         write_all: carries out one job per output file.
 
     Raises:
-        AttemptFailed: the weights do not fit the dtype. It is no part of the run's identity, so another may be set.
+        AttemptFailed: the weights do not fit the dtype, or give no adapter. Neither is part of the run's identity, so
+        another may be set.
         NotFound: there is no such checkpoint. IntegrityError: it is damaged.
     """
     folder = find(store, attempt.run_id, step)
     manifest, _ = read_manifest(store, folder)
     dtype = manifest.state.precision if spec.export.dtype == "auto" else spec.export.dtype
+    form = _form(spec)
+    try:
+        layouts = plan_files(manifest, dtype=dtype, max_shard_bytes=spec.export.max_shard_bytes, form=form)
+    except RunError as e:  # the form is no part of the run's identity either
+        raise AttemptFailed(e.message, next_step=e.next_step) from e
     version = None
     prefix = f"{layout.run(attempt.run_id)}export/{attempt.prefix}/"
     if spec.release:
@@ -82,12 +93,12 @@ def export(
         version = claim_version(store, spec.release.model, facts=facts)
         prefix = layout.version(spec.release.model, version)
     pin(store, attempt.run_id, step, "export", reason=f"exported to {store.uri_of(prefix)}")
-    layouts = plan_files(manifest, dtype=dtype, max_shard_bytes=spec.export.max_shard_bytes)
     jobs = [
         FileJob(
             store=store.uri,
             folder=folder,
             file=file.name,
+            form=form,
             dtype=dtype,
             max_shard_bytes=spec.export.max_shard_bytes,
             prefix=prefix,
@@ -101,7 +112,7 @@ def export(
     index = weight_index(layouts)
     if index is not None:
         written.append(_upload(store, prefix, INDEX_NAME, index))
-    written += _upload_assets(store, prefix, task, dataset, dtype=dtype)
+    written += _upload_assets(spec, store, prefix, task, dataset, dtype=dtype, form=form)
     result = Export(
         prefix=prefix,
         version=version,
@@ -111,6 +122,7 @@ def export(
         loss=manifest.state.loss,
         dtype=dtype,
         files={f.name: VersionFile(size_bytes=f.size_bytes, sha256=f.sha256) for f in written},
+        base=manifest.base if form == "adapter" else None,
     )
     ensure_newest(store, attempt)
     try:
@@ -121,8 +133,8 @@ def export(
     return result
 
 
-def save_assets(store: Store, run_id: str, directory: Path, *, dtype: str) -> list[str]:
-    """Write what a Hugging Face directory holds besides weights, for a checkpoint of a Headway run.
+def save_assets(store: Store, run_id: str, directory: Path, *, dtype: str, form: Form = "merged") -> list[str]:
+    """Write what a Hugging Face directory, or peft's, holds besides weights, for a checkpoint of a Headway run.
 
     Returns the names of the files.
 
@@ -138,12 +150,15 @@ def save_assets(store: Store, run_id: str, directory: Path, *, dtype: str) -> li
             f"{store.uri_of(layout.run_spec(run_id))} is not a run file of this version of Headway.",
             next_step="Use the version that trained the run.",
         ) from e
+    from workloads.tasks.base_context import base_context
+
     dataset = _dataset_of(store, spec, fingerprint)
     with tempfile.TemporaryDirectory(prefix="headway-assets-") as scratch:
         assets = Path(scratch) / "model"
         assets.mkdir()
-        tokenizer = fetch_tokenizer(store, dataset, Path(scratch))
-        task_of(spec, dataset).save_assets(assets, tokenizer=tokenizer, dtype=dtype)
+        task = task_of(spec, dataset, base_context(spec, store, str(facts.get("base_fingerprint", ""))))
+        tokenizer = fetch_tokenizer(store, dataset, Path(scratch) / "tokenizer") / dataset.tokenizer.file
+        _write_assets(spec, task, assets, tokenizer=tokenizer, dtype=dtype, form=form)
         for path in assets.iterdir():
             shutil.copyfile(path, directory / path.name)
         return sorted(path.name for path in assets.iterdir())
@@ -154,23 +169,30 @@ def _dataset_of(store: Store, spec: RunSpec, fingerprint: str) -> DatasetManifes
     return read_dataset(store, name, fingerprint)
 
 
+def _form(spec: RunSpec) -> Form:
+    return spec.export.lora if spec.model.lora is not None else "merged"
+
+
 def _upload_assets(
-    store: Store, prefix: str, task: Task, dataset: DatasetManifest, *, dtype: str
+    spec: RunSpec, store: Store, prefix: str, task: Task, dataset: DatasetManifest, *, dtype: str, form: Form
 ) -> list[ExportedFile]:
     with tempfile.TemporaryDirectory(prefix="headway-assets-") as folder:
         directory = Path(folder) / "model"
         directory.mkdir()
-        tokenizer = fetch_tokenizer(store, dataset, Path(folder))
-        task.save_assets(directory, tokenizer=tokenizer, dtype=dtype)
+        tokenizer = fetch_tokenizer(store, dataset, Path(folder) / "tokenizer") / dataset.tokenizer.file
+        _write_assets(spec, task, directory, tokenizer=tokenizer, dtype=dtype, form=form)
         return [_upload(store, prefix, path.name, path.read_bytes()) for path in sorted(directory.iterdir())]
 
 
-def fetch_tokenizer(store: Store, dataset: DatasetManifest, folder: Path) -> Path:
-    """The dataset's tokenizer.json, verified, in ``folder``."""
-    path = folder / "tokenizer.json"
-    key = layout.dataset(dataset.name, dataset.fingerprint) + dataset.tokenizer.file
-    path.write_bytes(store.get_verified(key, sha256=dataset.tokenizer.sha256, size_bytes=dataset.tokenizer.size_bytes))
-    return path
+def _write_assets(spec: RunSpec, task: Task, directory: Path, *, tokenizer: Path, dtype: str, form: Form) -> None:
+    """All but the weights. An adapter has peft's config in place of the model's, which it finds with the base."""
+    if form == "merged":
+        task.save_assets(directory, tokenizer=tokenizer, dtype=dtype)
+        return
+    from workloads.pretrained_model import adapter_config
+
+    adapter_config(task, base_name=str(spec.model.pretrained)).save_pretrained(directory)
+    task.save_tokenizer(directory, tokenizer=tokenizer)
 
 
 def _upload(store: Store, prefix: str, name: str, data: bytes) -> ExportedFile:

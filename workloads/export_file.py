@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.checkpoint.catalog import Folder, read_manifest
-from orchestrator.checkpoint.export import NUM_READERS, ExportedFile, export_to_store, plan_files
-from orchestrator.checkpoint.reader import CheckpointReader
+from orchestrator.checkpoint.export import ExportedFile, Form, export_to_store, plan_files
+from orchestrator.checkpoint.sources import open_weights
 from orchestrator.store import open_store
 
 
@@ -20,6 +20,7 @@ class FileJob(BaseModel):
     store: str
     folder: Folder
     file: str
+    form: Form
     dtype: str
     max_shard_bytes: int
     prefix: str
@@ -29,10 +30,9 @@ def write(job: FileJob) -> ExportedFile:
     """Write one file to the store, in memory that does not grow with it."""
     store = open_store(job.store)
     manifest, _ = read_manifest(store, job.folder)
-    files = plan_files(manifest, dtype=job.dtype, max_shard_bytes=job.max_shard_bytes)
+    files = plan_files(manifest, dtype=job.dtype, max_shard_bytes=job.max_shard_bytes, form=job.form)
     file = next(file for file in files if file.name == job.file)
-    reader = CheckpointReader(store, job.folder, manifest, num_readers=NUM_READERS)
-    return export_to_store(reader, file, store, job.prefix)
+    return export_to_store(open_weights(store, job.folder, manifest), file, store, job.prefix)
 
 
 def one_by_one(jobs: Sequence[FileJob]) -> list[ExportedFile]:

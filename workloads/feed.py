@@ -82,7 +82,7 @@ class BatchFeed:
             mine = range(min(start, self._rows.stop), min(start + self._split.micro_rows, self._rows.stop))
             padded = [*mine, *[self._rows.start] * (self._split.micro_rows - len(mine))]
             samples = Samples(
-                rows={"tokens": self._reader.samples(indices[padded])},
+                rows=self._reader.rows(indices[padded]),
                 num_real=len(mine),
                 row_rng=partial(_row_rng, self._seed, step, padded),
             )

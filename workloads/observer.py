@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,18 @@ class Observer:
 
     def step(self, figures: dict[str, float]) -> None:
         self.note("step", **{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()})
+
+    def look(self, figures: dict[str, float], *, best_loss: float | None, ended_early: bool) -> None:
+        """A look at the held-out split."""
+        loss = figures["eval_loss"]
+        self.note(
+            "look",
+            step=figures["step"],
+            eval_loss=round(loss, 6) if math.isfinite(loss) else None,
+            best_loss=None if best_loss is None else round(best_loss, 6),
+            seconds=round(figures["eval_s"], 3),
+            ended_early=ended_early,
+        )
 
     def saves(self, writer: CheckpointWriter) -> None:
         for saved in writer.take_results():

@@ -51,6 +51,7 @@ from workloads.cluster import fit, own_errors
 from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
 from workloads.export_file import as_ray_tasks
+from workloads.in_run_evaluation import last_step
 from workloads.prepare import prepare
 from workloads.signals import stop_on_signal
 from workloads.tasks import check_task, task_of
@@ -173,8 +174,7 @@ class Pipeline:
         return self._train_and_export(dataset, steps, again=True)
 
     def _train(self, dataset: DatasetManifest, steps: int, *, again: bool) -> None:
-        done = committed_steps(self.store, self.identity.run_id)
-        if done and done[0] >= steps and not again:
+        if self._last_step(steps) is not None and not again:
             return
         job = TrainJob(
             store=self.store.uri,
@@ -186,18 +186,23 @@ class Pipeline:
             total_steps=steps,
         )
         fit(job, self.identity.run_id, say=self.say, note=self.events.append)
-        done = committed_steps(self.store, self.identity.run_id)
-        if read_outcome(self.store, self.identity.run_id) is None and (not done or done[0] < steps):
+        if read_outcome(self.store, self.identity.run_id) is None and self._last_step(steps) is None:
+            done = committed_steps(self.store, self.identity.run_id)
             ensure_newest(self.store, self.attempt)
             reason = stop_reason(self.store, self.attempt) or "training ended early"
             raise _interrupted(f"{self.identity.run_id} stopped at step {done[0] if done else 0} of {steps}", reason)
+
+    def _last_step(self, steps: int) -> int | None:
+        """The step at which training is over, at ``steps`` or before; None while it is not."""
+        return last_step(self.store, self.identity.run_id, total_steps=steps, limits=self.spec.train.evaluate)
 
     def _export(self, dataset: DatasetManifest, steps: int) -> Export:
         standing = read_export(self.store, self.identity.run_id)
         if standing is not None:
             return standing
         task = task_of(self.spec, dataset)
-        return export(self.spec, self.store, self.attempt, task, dataset, step=steps, write_all=as_ray_tasks)
+        step = self._last_step(steps) or steps
+        return export(self.spec, self.store, self.attempt, task, dataset, step=step, write_all=as_ray_tasks)
 
     def _evaluate(self, dataset: DatasetManifest, exported: Export) -> dict[str, float]:
         key = layout.evaluation(self.identity.run_id)

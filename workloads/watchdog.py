@@ -24,8 +24,9 @@ WARM_UP_FACTOR = 3  # a group's first step compiles kernels, fills caches and co
 DEATH_NOTICE_S = 0.5  # Ray tells of a dead actor at once; a frozen one does not answer at all
 ANSWER_TIMEOUT_S = 30.0  # for a call to the watchdog
 
-Phase = Literal["starting", "waiting for data", "forward", "backward", "agreeing", "saving"]
-"""What a training loop does. "agreeing" is the all-reduce at the end of a step; "saving" has time-outs of its own."""
+Phase = Literal["starting", "waiting for data", "forward", "backward", "agreeing", "evaluating", "saving"]
+"""What a training loop does. "agreeing" is the all-reduce at the end of a step, "evaluating" is entered for each pass
+over the held-out split, and "saving" has time-outs of its own."""
 Reason = Literal["silent", "stuck"]
 
 

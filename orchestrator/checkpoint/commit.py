@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from orchestrator.checkpoint.base import Origin
 from orchestrator.checkpoint.catalog import MANIFEST, Folder, reread
 from orchestrator.checkpoint.format import (
     Buffer,
@@ -80,6 +81,7 @@ def assemble(
     folder: Folder,
     shapes: dict[str, tuple[int, ...]],
     frozen_shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    origin: Origin | None = None,
     scalars: State,
     created_s: float,
 ) -> Manifest:
@@ -118,9 +120,12 @@ def assemble(
                     dtype=safetensors_dtype(frozen_shapes[name][0]),
                     shape=frozen_shapes[name][1],
                     fragments=tuple(sorted(found, key=lambda f: f.start)),
+                    base=origin.tensors.get(name) if origin is not None else None,
+                    lora=origin.lora.get(name) if origin is not None else None,
                 )
                 for name, found in frozen.items()
             },
+            base=origin.base if origin is not None and origin.tensors.keys() & frozen.keys() else None,
             buffers=whole["buffer"],
             random=whole["random"],
         )

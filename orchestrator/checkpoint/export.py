@@ -18,20 +18,21 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from orchestrator.checkpoint.convert import FLOATS, convert
-from orchestrator.checkpoint.format import DTYPE_BYTES, Manifest
-from orchestrator.checkpoint.reader import CheckpointReader, Piece, frozen_pieces, pieces_of
-from orchestrator.errors import EnvironmentUnusable
+from orchestrator.checkpoint.adapter import ADAPTER_FILE, is_replaced, plain_name, saved_name
+from orchestrator.checkpoint.convert import FLOATS
+from orchestrator.checkpoint.format import DTYPE_BYTES, FrozenParameter, Manifest
+from orchestrator.checkpoint.sources import Slice, TensorLayout, Weights
+from orchestrator.errors import EnvironmentUnusable, RunError
 from orchestrator.store import Store
 
 INDEX_NAME = "model.safetensors.index.json"
+Form = Literal["merged", "adapter"]
 WINDOW_BYTES = 32 * 2**20
 """Stored bytes that one window reads. With 8 MiB a server reads much of its own chunks twice: 2.7 s of its CPU time
 for 400 MB, against 1.2 s."""
 _READ_AHEAD = 1
-NUM_READERS = 2
-"""Requests at once within a window; see :class:`CheckpointReader`."""
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BYTES = 2**20
 
@@ -41,24 +42,6 @@ class ExportedFile:
     name: str
     size_bytes: int
     sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorLayout:
-    """A tensor of an output file: how it is stored in the checkpoint, and as what and where it is written."""
-
-    name: str
-    kind: str
-    """``parameter``, ``frozen`` or ``buffer``."""
-    stored: str
-    dtype: str
-    shape: tuple[int, ...]
-    numel: int
-    start: int
-
-    @property
-    def size_bytes(self) -> int:
-        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +66,19 @@ class FileLayout:
         return len(self.header) + sum(tensor.size_bytes for tensor in self.tensors)
 
 
-def plan_files(manifest: Manifest, *, dtype: str, max_shard_bytes: int) -> list[FileLayout]:
+def plan_files(manifest: Manifest, *, dtype: str, max_shard_bytes: int, form: Form = "merged") -> list[FileLayout]:
     """Which tensors go into which file: wide elements first, so that each is aligned to its own. Pure.
 
     Args:
         dtype: fp32, bf16 or fp16, for all floating-point weights. Buffers stay as they are.
         max_shard_bytes: of tensors in one file; a larger tensor gets a file of its own.
+        form: the whole model, with what LoRA trained merged into it, or peft's one file with that alone.
+
+    Raises:
+        RunError: there is no adapter, or it alone would not give the model back.
     """
+    if form == "adapter":
+        return [_adapter_file(manifest, FLOATS[dtype])]
     shards: list[list[TensorLayout]] = [[]]
     position = 0
     for tensor in sorted(_tensors(manifest, FLOATS[dtype]), key=lambda t: -DTYPE_BYTES[t.dtype]):
@@ -106,19 +95,55 @@ def plan_files(manifest: Manifest, *, dtype: str, max_shard_bytes: int) -> list[
     ]
 
 
+def _adapter_file(manifest: Manifest, dtype: str) -> FileLayout:
+    own = [name for name, frozen in manifest.frozen.items() if frozen.base is None and not is_replaced(name)]
+    if own or not any(frozen.lora for frozen in manifest.frozen.values()):
+        reason = f"{own[0]} is neither trained nor in the pretrained model" if own else "it holds none"
+        raise RunError(
+            f"The checkpoint of step {manifest.state.step} gives no adapter: {reason}.",
+            next_step="Export the merged model: export.lora: merged, or --lora merged.",
+        )
+    tensors: list[TensorLayout] = []
+    position = 0
+    for name in manifest.parameters:
+        tensors.append(_at(_trained(manifest, name, saved_name(name), dtype), position))
+        position += tensors[-1].size_bytes
+    return FileLayout(name=ADAPTER_FILE, tensors=tuple(tensors))
+
+
 def _tensors(manifest: Manifest, dtype: str) -> Iterator[TensorLayout]:
-    for name, p in manifest.parameters.items():
-        yield TensorLayout(
-            name=name, kind="parameter", stored="F32", dtype=dtype, shape=p.shape, numel=p.numel, start=0
-        )
-    for name, f in manifest.frozen.items():
-        written = dtype if f.dtype in FLOATS.values() else f.dtype
-        yield TensorLayout(
-            name=name, kind="frozen", stored=f.dtype, dtype=written, shape=f.shape, numel=f.numel, start=0
-        )
+    """The model's tensors under its own names, with what LoRA trained merged into the weights beside it."""
+    pairs = [frozen.lora for frozen in manifest.frozen.values() if frozen.lora is not None]
+    merged = {name for pair in pairs for name in (pair.a, pair.b)}
+    for name in manifest.parameters:
+        if name not in merged:
+            yield _trained(manifest, name, plain_name(name), dtype)
+    for name, frozen in manifest.frozen.items():
+        if not is_replaced(name):
+            yield _frozen(name, frozen, dtype)
     for name, b in manifest.buffers.items():
         numel = b.size_bytes // DTYPE_BYTES[b.dtype]
-        yield TensorLayout(name=name, kind="buffer", stored=b.dtype, dtype=b.dtype, shape=b.shape, numel=numel, start=0)
+        yield TensorLayout(
+            name=plain_name(name), source=name, kind="buffer", stored=b.dtype, dtype=b.dtype, shape=b.shape, numel=numel
+        )
+
+
+def _trained(manifest: Manifest, source: str, name: str, dtype: str) -> TensorLayout:
+    p = manifest.parameters[source]
+    return TensorLayout(
+        name=name, source=source, kind="parameter", stored="F32", dtype=dtype, shape=p.shape, numel=p.numel
+    )
+
+
+def _frozen(source: str, frozen: FrozenParameter, dtype: str) -> TensorLayout:
+    written = dtype if frozen.dtype in FLOATS.values() else frozen.dtype
+    stored = frozen.dtype
+    if frozen.base is not None:  # in whatever dtype there: what is read of it is converted as it comes
+        stored = "F32" if frozen.lora is not None else written
+    return TensorLayout(
+        name=plain_name(source), source=source, kind="frozen", stored=stored, dtype=written, shape=frozen.shape,
+        numel=frozen.numel,
+    )  # fmt: skip
 
 
 def _at(tensor: TensorLayout, start: int) -> TensorLayout:
@@ -134,18 +159,18 @@ def weight_index(files: list[FileLayout]) -> bytes | None:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1).encode()
 
 
-def export_to_store(reader: CheckpointReader, file: FileLayout, store: Store, prefix: str) -> ExportedFile:
+def export_to_store(weights: Weights, file: FileLayout, store: Store, prefix: str) -> ExportedFile:
     """Stream one output file to ``prefix`` in the store. Neither memory nor disk holds it.
 
     Raises:
         IntegrityError: damaged bytes in the checkpoint. RunError: a value that the dtype cannot hold.
     """
     tally = _Tally(file.name)
-    store.upload_stream(prefix + file.name, tally.through(stream(reader, file)), size_bytes=file.size_bytes)
+    store.upload_stream(prefix + file.name, tally.through(stream(weights, file)), size_bytes=file.size_bytes)
     return tally.result()
 
 
-def export_to_directory(reader: CheckpointReader, file: FileLayout, directory: Path) -> ExportedFile:
+def export_to_directory(weights: Weights, file: FileLayout, directory: Path) -> ExportedFile:
     """Stream one output file into a directory; it appears there once it is whole.
 
     Raises:
@@ -158,7 +183,7 @@ def export_to_directory(reader: CheckpointReader, file: FileLayout, directory: P
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(partial.unlink, missing_ok=True)
             with partial.open("wb") as out:
-                for chunk in tally.through(stream(reader, file)):
+                for chunk in tally.through(stream(weights, file)):
                     out.write(chunk)
                 out.flush()
                 os.fsync(out.fileno())
@@ -186,7 +211,7 @@ class _Tally:
         return ExportedFile(name=self._name, size_bytes=self._size_bytes, sha256=self._digest.hexdigest())
 
 
-def stream(reader: CheckpointReader, file: FileLayout) -> Iterator[memoryview]:
+def stream(weights: Weights, file: FileLayout) -> Iterator[memoryview]:
     """One output file's bytes, in order, read some windows ahead."""
     _give_large_buffers_back()
     yield memoryview(file.header)
@@ -194,7 +219,7 @@ def stream(reader: CheckpointReader, file: FileLayout) -> Iterator[memoryview]:
     with ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="export") as pool:
         try:
             for window in windows(file):
-                waiting.append(pool.submit(_read_window, reader, window))
+                waiting.append(pool.submit(weights.read, window))
                 if len(waiting) > _READ_AHEAD:
                     yield from waiting.popleft().result()
             while waiting:
@@ -214,15 +239,6 @@ def _give_large_buffers_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Elements ``start … start + length - 1`` of one tensor."""
-
-    tensor: TensorLayout
-    start: int
-    length: int
-
-
 def windows(file: FileLayout) -> Iterator[list[Slice]]:
     """The file's elements in order, as runs of at most WINDOW_BYTES of stored bytes: many small tensors, or a part of
     a large one. Pure."""
@@ -240,23 +256,3 @@ def windows(file: FileLayout) -> Iterator[list[Slice]]:
             room -= length * size
     if window:
         yield window
-
-
-def _read_window(reader: CheckpointReader, window: list[Slice]) -> list[memoryview]:
-    targets = [memoryview(bytearray(s.length * DTYPE_BYTES[s.tensor.stored])) for s in window]
-    reader.read([piece for s, target in zip(window, targets, strict=True) for piece in _pieces(reader, s, target)])
-    return [
-        convert(target, s.tensor.stored, s.tensor.dtype, name=s.tensor.name)
-        for s, target in zip(window, targets, strict=True)
-    ]
-
-
-def _pieces(reader: CheckpointReader, part: Slice, target: memoryview) -> Iterator[Piece]:
-    name, manifest = part.tensor.name, reader.manifest
-    if part.tensor.kind == "parameter":
-        return pieces_of(manifest, name, "fp32", part.start, target)
-    if part.tensor.kind == "frozen":
-        return frozen_pieces(manifest, name, part.start, target)
-    whole = manifest.buffers[name]
-    size = DTYPE_BYTES[whole.dtype]
-    return iter([Piece(file=whole.file, start=whole.offset + part.start * size, target=target)])

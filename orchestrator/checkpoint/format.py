@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from orchestrator.checkpoint.adapter import BaseReference, LoraPair
 from orchestrator.errors import IntegrityError
 from orchestrator.spec import canonical_json
 
@@ -92,7 +93,11 @@ class FrozenParameter(_Frozen):
 
     dtype: str
     shape: tuple[int, ...]
-    fragments: tuple[FrozenFragment, ...]
+    fragments: tuple[FrozenFragment, ...] = ()
+    base: str | None = None
+    """The tensor of :attr:`Manifest.base` that holds it; then the checkpoint does not."""
+    lora: LoraPair | None = None
+    """What is trained beside it."""
 
     @property
     def numel(self) -> int:
@@ -146,6 +151,7 @@ class Manifest(_Frozen):
     files: tuple[RankFile, ...]
     parameters: dict[str, Parameter]
     frozen: dict[str, FrozenParameter] = {}
+    base: BaseReference | None = None
     buffers: dict[str, Buffer] = {}
     random: dict[str, Buffer] = {}
     """Random state of each rank, as ``<rank>/<generator>``, where the loop asked for it."""
@@ -166,7 +172,7 @@ class Manifest(_Frozen):
                     spans.add(f"parameter {name}", fragment.file, offset, 4 * fragment.length)
         for name, frozen in self.frozen.items():
             _check_shape(f"frozen {name}", frozen.shape)
-            _check_cover(f"frozen {name}", frozen.fragments, frozen.numel)
+            self._check_origin(name, frozen)
             for piece in frozen.fragments:
                 spans.add(f"frozen {name}", piece.file, piece.offset, _itemsize(frozen.dtype) * piece.length)
         for name, buffer in [*self.buffers.items(), *self.random.items()]:
@@ -177,9 +183,28 @@ class Manifest(_Frozen):
         spans.require_disjoint()
         return self
 
+    def _check_origin(self, name: str, frozen: FrozenParameter) -> None:
+        """A frozen parameter lies here or in the base, and what is trained beside it has shapes that fit it."""
+        if frozen.base is None:
+            _check_cover(f"frozen {name}", frozen.fragments, frozen.numel)
+        elif self.base is None or frozen.fragments:
+            raise ValueError(f"frozen {name}: it lies in no base, or here too")
+        if frozen.lora is not None:
+            a, b = (p.shape if (p := self.parameters.get(part)) else None for part in (frozen.lora.a, frozen.lora.b))
+            try:
+                frozen.lora.require_fit(frozen.shape, a, b)
+            except ValueError as e:
+                raise ValueError(f"frozen {name}: {e}") from e
+
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON. Fields that came later are left out where they say nothing, so that older readers take it too."""
+        found = self.model_dump(mode="json")
+        frozen = {name: {k: v for k, v in f.items() if v is not None} for name, f in found["frozen"].items()}
+        return {name: value for name, value in {**found, "frozen": frozen}.items() if (name, value) != ("base", None)}
 
 
 class _Spans:

@@ -1,6 +1,7 @@
 """Where each class of DeepSpeed optimizer keeps the fp32 masters, and the weights that compute.
 
-All attributes of DeepSpeed that are no public API of its own are read here; the tests pin them to the tested version.
+All attributes of DeepSpeed that are no public API of its own are used here, and ``Init``'s in
+:func:`orchestrator.checkpoint.zero.partition_unfilled`; the tests pin them to the tested version.
 
 ===============================  ============================  =====================================================
 class                            used at                       attributes used
@@ -25,7 +26,8 @@ LossScaleConfig                  ZeRO-0, fp16                  dynamic_loss_scal
                                                                last_overflow_iter
 DynamicLossScaler                ZeRO-1, 2 and 3, fp16         dynamic; the same, and cur_hysteresis
 a parameter                      ZeRO-1 and 2                  _hp_mapping
-a parameter                      ZeRO-3                        ds_shape, ds_numel, ds_tensor
+a parameter                      ZeRO-3                        ds_shape, ds_numel, ds_tensor, partition
+Init                             ZeRO-3, pretrained weights    _zero_init_param, _convert_to_deepspeed_param
 ===============================  ============================  =====================================================
 
 With ``offload_optimizer`` on the CPU, masters and moments are ordinary tensors in host memory: views reach them

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from orchestrator.checkpoint.adapter import plain_name
 from orchestrator.checkpoint.agreement import all_agree, tell_all
+from orchestrator.checkpoint.base import BaseUnusable, Origin, open_base, read_pieces
 from orchestrator.checkpoint.catalog import Folder, committed, find, read_manifest
 from orchestrator.checkpoint.format import KINDS, Buffer, Manifest
 from orchestrator.checkpoint.random_state import RandomState
@@ -23,6 +25,7 @@ from orchestrator.checkpoint.retention import pinned
 from orchestrator.checkpoint.tensors import byte_view, persistent_buffers, safetensors_dtype
 from orchestrator.checkpoint.zero import ZeroState
 from orchestrator.errors import IntegrityError, NotFound, RunError
+from orchestrator.pretrained.reader import BasePiece
 from orchestrator.store import Store, layout
 
 logger = logging.getLogger(__name__)
@@ -55,7 +58,7 @@ def resume_newest(
         random: generators to set as they were. A rank that the checkpoint's group did not have keeps its own.
 
     Raises:
-        IntegrityError: there are checkpoints, and none of them can be used.
+        IntegrityError: there are checkpoints, and none of them can be used, or the pretrained weights cannot.
         RunError: the model has other parameters than the checkpoint.
     """
     failed: list[Folder] = []
@@ -73,6 +76,8 @@ def resume_newest(
         fault, resumed = "", None
         try:
             resumed = _load(store, folder, digest, state, module, random, rank=rank)
+        except BaseUnusable:
+            raise
         except (IntegrityError, NotFound) as e:
             fault = str(e)
         if all_agree(not fault):
@@ -103,7 +108,7 @@ def load_weights(store: Store, run_id: str, step: int, state: ZeroState, module:
         manifest, found = read_manifest(store, folder)
         if found != digest:
             raise IntegrityError(f"The manifest of step {step} of {run_id} is not the one that rank 0 read.")
-        _fill(CheckpointReader(store, folder, manifest), state, module, kinds=("fp32",))
+        _fill(CheckpointReader(store, folder, manifest), store, state, module, kinds=("fp32",))
     all_agree(True)
     state.refresh()
     return folder
@@ -156,17 +161,46 @@ def _load(
     if found != digest:
         raise IntegrityError(f"The manifest of step {folder.step} is not the one that rank 0 read.")
     reader = CheckpointReader(store, folder, manifest)
-    _fill(reader, state, module, kinds=KINDS)
+    from_base = _fill(reader, store, state, module, kinds=KINDS)
     state.optimizer_step = manifest.state.optimizer_step
     if manifest.state.loss_scaler is not None and state.loss_scaler is not None:
         state.loss_scaler = manifest.state.loss_scaler
     if random is not None:
         _restore_random(reader, random, rank=rank)
-    return Resumed(folder=folder, manifest=manifest, bytes_read=reader.bytes_read)
+    return Resumed(folder=folder, manifest=manifest, bytes_read=reader.bytes_read + from_base)
 
 
-def _fill(reader: CheckpointReader, state: ZeroState, module: nn.Module, *, kinds: Sequence[str]) -> None:
+def load_base(store: Store, origin: Origin, state: ZeroState, module: nn.Module) -> int:
+    """Start from pretrained weights: whatever they hold of the model, masters, frozen parameters and buffers, read by
+    each rank for its own part alone. What they lack stays as it was initialised. Collective.
+
+    Returns the bytes that this rank has read.
+
+    Raises:
+        BaseUnusable: they are gone, or damaged. RunError: a value that the precision cannot hold.
+    """
+    reader, filling = open_base(store, origin.base), _Filling()
+    for fragment in state.fragments():
+        if fragment.parameter in origin.tensors:
+            filling.from_base(origin.tensors[fragment.parameter], fragment.start, fragment.tensors["fp32"])
+    for fragment in state.frozen():
+        if fragment.parameter in origin.tensors:
+            filling.from_base(origin.tensors[fragment.parameter], fragment.start, fragment.tensors["frozen"])
+    for name, tensor in persistent_buffers(module).items():
+        stored = reader.manifest.tensors.get(plain_name(name))
+        if stored is not None and tuple(stored.shape) == tuple(tensor.shape):
+            filling.from_base(plain_name(name), 0, tensor)
+    read_pieces(reader, filling.base_pieces)
+    filling.finish()
+    all_agree(True)
+    state.refresh()
+    return reader.bytes_read
+
+
+def _fill(reader: CheckpointReader, store: Store, state: ZeroState, module: nn.Module, *, kinds: Sequence[str]) -> int:
     """Fill this rank's part of the state from a checkpoint; :meth:`ZeroState.refresh` comes after.
+
+    Returns the bytes read of the pretrained weights that hold what the checkpoint does not.
 
     Raises:
         RunError: the model has other parameters than the checkpoint. IntegrityError: damaged bytes.
@@ -179,12 +213,22 @@ def _fill(reader: CheckpointReader, state: ZeroState, module: nn.Module, *, kind
             target = filling.view(fragment.tensors[kind])
             filling.pieces += pieces_of(manifest, fragment.parameter, kind, fragment.start, target)
     for fragment in state.frozen():
+        source = manifest.frozen[fragment.parameter].base
+        if source is not None:
+            filling.from_base(source, fragment.start, fragment.tensors["frozen"])
+            continue
         target = filling.view(fragment.tensors["frozen"])
         filling.pieces += frozen_pieces(manifest, fragment.parameter, fragment.start, target)
     for name, tensor in persistent_buffers(module).items():
         filling.pieces.append(buffer_piece(_matching_buffer(manifest, name, tensor), filling.view(tensor)))
     reader.read(filling.pieces)
+    from_base = 0
+    if manifest.base is not None:
+        base = open_base(store, manifest.base)
+        read_pieces(base, filling.base_pieces)
+        from_base = base.bytes_read
     filling.finish()
+    return from_base
 
 
 @dataclass
@@ -192,6 +236,7 @@ class _Filling:
     """Byte ranges on their way into tensors; those that are not plain host memory are filled by way of a copy."""
 
     pieces: list[Piece] = field(default_factory=list)
+    base_pieces: list[BasePiece] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def view(self, tensor: Tensor) -> memoryview:
@@ -200,6 +245,11 @@ class _Filling:
         host = torch.empty(tensor.shape, dtype=tensor.dtype)
         self.copies.append((tensor, host))
         return byte_view(host)
+
+    def from_base(self, name: str, start: int, tensor: Tensor) -> None:
+        """Fill a tensor with a base's elements from ``start`` on, in the tensor's own dtype."""
+        dtype = safetensors_dtype(tensor.dtype)
+        self.base_pieces.append(BasePiece(tensor=name, start=start, target=self.view(tensor), dtype=dtype))
 
     def finish(self) -> None:
         for target, host in self.copies:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from orchestrator.checkpoint.base import Origin
 from orchestrator.checkpoint.catalog import MANIFEST, Folder
 from orchestrator.checkpoint.commit import COMMIT_TIMEOUT_S, assemble, await_ranks, rank_name
 from orchestrator.checkpoint.format import RankFile, State, block_index, seal
@@ -71,6 +72,7 @@ class CheckpointWriter:
     Args:
         group: this start of the group of workers, claimed by rank 0 and the same on all ranks, so that a restarted
             group never mixes its files with those of the one before.
+        origin: where frozen parameters come from that a save need not write.
         keep: steps whose checkpoints to keep, newest first.
         random: generators whose state to save, for loops that draw from them.
         retry_s: wait before an upload that failed is tried again.
@@ -86,6 +88,7 @@ class CheckpointWriter:
         rank: int,
         world_size: int,
         keep: int,
+        origin: Origin | None = None,
         random: RandomState | None = None,
         retry_s: float = RETRY_S,
     ) -> None:
@@ -93,8 +96,8 @@ class CheckpointWriter:
         self._store, self._group, self._state = store, group, state
         self._rank, self._world_size, self._keep = rank, world_size, keep
         self._random, self._retry_s = random, retry_s
-        self._module = module
-        self._image = FileImage(*_parts(state, rank=rank, world_size=world_size), self._whole())
+        self._module, self._origin = module, origin
+        self._image = FileImage(*_parts(state, origin, rank=rank, world_size=world_size), self._whole())
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_run_behind)
         self._pending: Future[Saved] | None = None
         self._last: Saved | None = None
@@ -268,11 +271,12 @@ class CheckpointWriter:
             folder=folder,
             shapes=self._state.shapes,
             frozen_shapes=self._state.frozen_shapes,
+            origin=self._origin,
             scalars=scalars,
             created_s=time.time(),
         )
         ensure_newest_group(self._store, self._group)
-        self._store.create(folder.prefix + MANIFEST, seal(manifest.model_dump(mode="json")))
+        self._store.create(folder.prefix + MANIFEST, seal(manifest.document()))
         try:
             if not self.counts.committed:
                 abort_unfinished_uploads(self._store, self._group)
@@ -292,9 +296,14 @@ def writing(writer: CheckpointWriter) -> Iterator[CheckpointWriter]:
     writer.close()
 
 
-def _parts(state: ZeroState, *, rank: int, world_size: int) -> tuple[list[OwnedFragment], list[OwnedFragment]]:
-    """What this rank writes, trained and frozen: its partition, or an equal share of what every rank holds."""
+def _parts(
+    state: ZeroState, origin: Origin | None, *, rank: int, world_size: int
+) -> tuple[list[OwnedFragment], list[OwnedFragment]]:
+    """What this rank writes, trained and frozen: its partition, or an equal share of what every rank holds. What the
+    pretrained weights hold already is left out."""
     fragments, frozen = state.fragments(), state.frozen()
+    if origin is not None:
+        frozen = [f for f in frozen if f.parameter not in origin.tensors]
     if state.is_replicated:
         fragments = share(fragments, rank=rank, world_size=world_size)
     if state.frozen_is_replicated:

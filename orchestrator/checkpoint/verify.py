@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.checkpoint.base import open_base
 from orchestrator.checkpoint.catalog import Folder, read_manifest
 from orchestrator.checkpoint.format import DTYPE_BYTES, KINDS, MAX_DIMENSIONS, MAX_SIZE, Manifest
 from orchestrator.checkpoint.reader import CheckpointReader, Piece
@@ -31,7 +32,8 @@ def verify(store: Store, folder: Folder) -> Verified:
     """Check a committed checkpoint to the last byte.
 
     Checked are the manifest against its own digest, each index against the manifest, each block against its index, and
-    each file's safetensors header against the manifest.
+    each file's safetensors header against the manifest. Pretrained weights that it refers to must be there, and are not
+    read.
 
     Raises:
         IntegrityError, NotFound: naming the first bad part.
@@ -39,6 +41,8 @@ def verify(store: Store, folder: Folder) -> Verified:
     manifest, _ = read_manifest(store, folder)
     reader = CheckpointReader(store, folder, manifest)
     reader.check_indexes()
+    if manifest.base is not None:
+        open_base(store, manifest.base)
     for number, file in enumerate(manifest.files):
         reader.check_file(number)
         require_same_tensors(_read_header(reader, number), expected_tensors(manifest, number), source=file.key)

@@ -7,12 +7,13 @@ attributes are read instead stands in :mod:`orchestrator.checkpoint.optimizers`.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.checkpoint.optimizers import Copies, Family, Partitions, Plain, Stage3, full_numel, full_shape
 from orchestrator.errors import RunError
@@ -182,6 +183,38 @@ class ZeroState:
                     state[kind] = torch.zeros_like(master, requires_grad=False)
             if "step" not in state:
                 state["step"] = torch.tensor(0.0) if counts_in_tensors else 0
+
+
+def partition_unfilled(
+    module: nn.Module, unfilled: Container[str], *, config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Cut a model's parameters as ZeRO-3 does, before DeepSpeed would, and write no page that this rank does not own.
+
+    DeepSpeed broadcasts each whole parameter first, so that a rank holds, for a while, all of the largest one.
+
+    Args:
+        unfilled: names of parameters whose memory nobody has touched, and which are filled later. All others have the
+            same values on every rank.
+        config: what DeepSpeed's engine is then made with.
+        dtype: of the parameters that compute.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    # Without it the config is checked as if there were one rank. DeepSpeed's engine would call it later.
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=not torch.distributed.is_initialized())
+
+    class Unfilled(Init):  # type: ignore[misc]  # DeepSpeed has no types
+        def _zero_init_param(self, parameter: Any) -> None:
+            self._convert_to_deepspeed_param(parameter)
+            parameter.partition()
+
+    for name, parameter in module.named_parameters():
+        # Not a conversion: that would write the whole of it.
+        parameter.data = torch.empty_like(parameter, dtype=dtype) if name in unfilled else parameter.data.to(dtype)
+    Unfilled(module=module, config_dict_or_path=config, dtype=dtype)
 
 
 def _family_of(optimizer: Any) -> Family:

@@ -16,16 +16,16 @@ from orchestrator.checkpoint.catalog import Folder, read_manifest
 from orchestrator.checkpoint.convert import FLOATS
 from orchestrator.checkpoint.export import (
     INDEX_NAME,
-    NUM_READERS,
     ExportedFile,
     FileLayout,
+    Form,
     export_to_directory,
     export_to_store,
     plan_files,
     weight_index,
 )
-from orchestrator.checkpoint.reader import CheckpointReader
 from orchestrator.checkpoint.retention import pinned
+from orchestrator.checkpoint.sources import Weights, open_weights
 from orchestrator.commands.locate import find_checkpoints, locate
 from orchestrator.errors import AlreadyExists, EnvironmentUnusable, NotFound, SpecError, StoreError, UsageError
 from orchestrator.reporter import Reporter, Result
@@ -41,12 +41,23 @@ CLAIM = "claim.json"
 
 
 def export(
-    name: str, *, to: str, dtype: str, max_shard_bytes: int, store_uri: str | None, reporter: Reporter
+    name: str,
+    *,
+    to: str,
+    dtype: str,
+    max_shard_bytes: int,
+    store_uri: str | None,
+    reporter: Reporter,
+    form: Form = "merged",
 ) -> Result:
     """Write the newest checkpoint that ``name`` stands for.
 
+    Args:
+        form: of a checkpoint that holds a LoRA adapter: the whole model, or peft's files alone.
+
     Raises:
-        UsageError: there is no such checkpoint, or the place is taken. IntegrityError: it is damaged.
+        UsageError: there is no such checkpoint, or the place is taken. IntegrityError: it is damaged, or the
+        pretrained weights that it refers to are. RunError: it holds no adapter.
     """
     if dtype != "auto" and dtype not in FLOATS:
         raise UsageError(f"--dtype {dtype} is none that weights are exported as.", next_step="Give fp32, bf16 or fp16.")
@@ -55,7 +66,7 @@ def export(
     place = _place(to, store)
     try:
         with pinned(store, folder, reason="headway export reads it"):
-            facts = _write(store, folder, place, dtype, max_shard_bytes, reporter)
+            facts = _write(store, folder, place, dtype, max_shard_bytes, form, reporter)
         place.finish(facts)
     except BaseException:
         place.discard()
@@ -64,15 +75,15 @@ def export(
 
 
 def _write(
-    store: Store, folder: Folder, place: Place, dtype: str, max_shard_bytes: int, reporter: Reporter
+    store: Store, folder: Folder, place: Place, dtype: str, max_shard_bytes: int, form: Form, reporter: Reporter
 ) -> dict[str, object]:
     manifest, _ = read_manifest(store, folder)
     chosen = manifest.state.precision if dtype == "auto" else dtype
-    files = plan_files(manifest, dtype=chosen, max_shard_bytes=max_shard_bytes)
-    reader = CheckpointReader(store, folder, manifest, num_readers=NUM_READERS)
+    files = plan_files(manifest, dtype=chosen, max_shard_bytes=max_shard_bytes, form=form)
+    weights = open_weights(store, folder, manifest)
     written = []
     for file in files:
-        written.append(place.write(reader, file))
+        written.append(place.write(weights, file))
         reporter.say(f"{file.name}: {written[-1].size_bytes / 1e6:,.1f} MB")
     index = weight_index(files)
     if index is not None:
@@ -82,14 +93,14 @@ def _write(
         "step": folder.step,
         "dtype": chosen,
         "files": {file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256} for file in written},
-        "assets": _put_assets(store, folder, place, chosen, reporter),
+        "assets": _put_assets(store, folder, place, chosen, form, reporter),
     }
 
 
 class Place(Protocol):
     """Where an export goes."""
 
-    def write(self, reader: CheckpointReader, file: FileLayout) -> ExportedFile: ...
+    def write(self, weights: Weights, file: FileLayout) -> ExportedFile: ...
 
     def put(self, name: str, data: bytes) -> None: ...
 
@@ -111,8 +122,8 @@ class _Directory:
         except OSError as e:
             raise EnvironmentUnusable(f"{path.parent} cannot be written to: {e}.") from e
 
-    def write(self, reader: CheckpointReader, file: FileLayout) -> ExportedFile:
-        return export_to_directory(reader, file, self._partial)
+    def write(self, weights: Weights, file: FileLayout) -> ExportedFile:
+        return export_to_directory(weights, file, self._partial)
 
     def put(self, name: str, data: bytes) -> None:
         with self._writing():
@@ -156,9 +167,9 @@ class _Prefix:
             self.discard()
             raise
 
-    def write(self, reader: CheckpointReader, file: FileLayout) -> ExportedFile:
+    def write(self, weights: Weights, file: FileLayout) -> ExportedFile:
         self._own.append(file.name)
-        return export_to_store(reader, file, self._store, "")
+        return export_to_store(weights, file, self._store, "")
 
     def put(self, name: str, data: bytes) -> None:
         self._own.append(name)
@@ -190,7 +201,7 @@ def _place(to: str, store: Store) -> Place:
     return _Prefix(store.at(*split_uri(to))) if to.startswith("s3://") else _Directory(Path(to))
 
 
-def _put_assets(store: Store, folder: Folder, place: Place, dtype: str, reporter: Reporter) -> list[str]:
+def _put_assets(store: Store, folder: Folder, place: Place, dtype: str, form: Form, reporter: Reporter) -> list[str]:
     """Config and tokenizer, where the checkpoint is a run's and its task is installed here. Returns their names."""
     if not store.exists(layout.run_spec(folder.run_id)):
         reporter.say(f"{folder.run_id} was not trained from a run file: weights only, without config and tokenizer.")
@@ -198,7 +209,7 @@ def _put_assets(store: Store, folder: Folder, place: Place, dtype: str, reporter
     with tempfile.TemporaryDirectory(prefix="headway-export-") as scratch:
         try:
             workload = importlib.import_module(_ASSETS)
-            names: list[str] = workload.save_assets(store, folder.run_id, Path(scratch), dtype=dtype)
+            names: list[str] = workload.save_assets(store, folder.run_id, Path(scratch), dtype=dtype, form=form)
         except ModuleNotFoundError as e:  # now, or once the task asks for it
             reporter.say(f"{_WEIGHTS_ONLY}: this installation lacks {e.name} (headway[train]).")
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from orchestrator.commands.base_config import Unknown, read_base_config
 from orchestrator.commands.context import find_stack, find_store, find_target, is_kubernetes, kubernetes_settings
 from orchestrator.commands.request import build_request
 from orchestrator.errors import HeadwayError
@@ -13,6 +14,7 @@ from orchestrator.plan import plan as make_plan
 from orchestrator.reporter import Result
 from orchestrator.sizing import AUTO_CLASSES, Sizing, count_parameters
 from orchestrator.spec import ResourcesSpec, RunSpec, load
+from orchestrator.store import Store
 from orchestrator.store.s3 import STORE_VARIABLE
 from orchestrator.targets.ray_head import default_num_cpus
 
@@ -25,7 +27,8 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
         cluster, store = find_target(target, store_uri), find_store(store_uri)
         request = build_request(spec, run_file, store, cluster, directory=Path.cwd())
         return request.request.body(), ""
-    sizing = _size(spec)
+    store = _store_if_set(store_uri)
+    sizing = _size(spec, store)
     planned = make_plan(
         train=spec.train,
         resources=spec.resources,
@@ -34,7 +37,7 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
         size=sizing.size,
         size_note=sizing.reason,
     )
-    identity = _run_id(spec, run_file, target, store_uri)
+    identity = _run_id(spec, store)
     facts = {"run_id": identity.get("run_id"), "target": target, **planned.to_json()}
     return facts, _table([("run", identity.get("run_id") or identity["note"]), *planned.lines()])
 
@@ -57,21 +60,37 @@ def capacity_of(target: str, resources: ResourcesSpec) -> Capacity:
     )
 
 
-def _size(spec: RunSpec) -> Sizing:
-    auto_class = AUTO_CLASSES.get(spec.task)
+def _size(spec: RunSpec, store: Store | None) -> Sizing:
+    auto_class, model = AUTO_CLASSES.get(spec.task), spec.model
     if auto_class is None:
         return Sizing(size=None, reason=f"task {spec.task} is your own code, which plan does not run")
-    return count_parameters(spec.model.architecture, vocab_size=spec.data.vocab_size, auto_class=auto_class)
+    if model.architecture is not None:
+        return count_parameters(model.architecture, vocab_size=spec.data.vocab_size, auto_class=auto_class)
+    try:
+        config = read_base_config(model, store)
+    except Unknown as e:
+        return Sizing(size=None, reason=str(e))
+    if "auto_map" in config and model.trust_remote_code:
+        return Sizing(size=None, reason="the pretrained model brings its own code, which plan does not run")
+    return count_parameters(
+        config, vocab_size=spec.data.vocab_size, auto_class=auto_class, is_pretrained=True, lora=model.lora
+    )
 
 
-def _run_id(spec: RunSpec, run_file: Path, target: str, store_uri: str | None) -> dict[str, str]:
-    """The run's id where a store can tell it, else why not."""
+def _store_if_set(store_uri: str | None) -> Store | None:
     if not store_uri and not os.environ.get(STORE_VARIABLE) and find_stack() is None:
+        return None
+    return find_store(store_uri)
+
+
+def _run_id(spec: RunSpec, store: Store | None) -> dict[str, str]:
+    """The run's id where a store can tell it, else why not."""
+    if store is None:
         return {"note": "its id follows from the data; no store is set (--store, HEADWAY_STORE, or headway up)"}
     from orchestrator.runs import identify
 
     try:
-        return {"run_id": identify(spec, find_store(store_uri), Path.cwd()).run_id}
+        return {"run_id": identify(spec, store, Path.cwd()).run_id}
     except HeadwayError as e:
         return {"note": f"its id follows from the data, which cannot be listed: {e.message}"}
 

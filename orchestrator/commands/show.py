@@ -72,9 +72,12 @@ def status(run_id: str, *, target: str, store_uri: str | None) -> Result:
     facts: dict[str, Any] = {"run_id": run_id, **_state(store, run_id)}
     events = EventReader(store, run_id).poll()
     steps = [event for event in events if event["kind"] == "step"]
+    looks = [event for event in events if event["kind"] == "look"]
     stages = [event["stage"] for event in events if event["kind"] == "stage_started"]
     facts["stage"] = stages[-1] if stages else None
     facts["last_step"] = {k: v for k, v in steps[-1].items() if k not in ("kind", "time_s")} if steps else None
+    if looks:
+        facts["last_look"] = {k: v for k, v in looks[-1].items() if k not in ("kind", "time_s")}
     facts["last_event_s_ago"] = round(time.time() - events[-1]["time_s"], 1) if events else None
     facts["checkpoints"] = committed_steps(store, run_id)
     outcome = read_outcome(store, run_id)

@@ -225,6 +225,8 @@ class _Bar:
             self._print(f"training on {event['world_size']} workers{resumed}")
         elif kind == "step":
             self._step(event)
+        elif kind == "look":
+            self._look(event)
         elif kind == "checkpoint_failed":
             self._print(f"checkpoint of step {event['step']} was not saved: {event['error']}")
         elif kind == "hang":
@@ -249,6 +251,11 @@ class _Bar:
         if not self._live and (event["step"] >= self._printed_step + tenth or event["step"] == self._total_steps):
             self._printed_step = event["step"]
             self._print(figures)
+
+    def _look(self, event: dict[str, Any]) -> None:
+        loss = "not a number" if event["eval_loss"] is None else f"{event['eval_loss']:.3f}"
+        early = "; it no longer falls, so training ends here" if event["ended_early"] else ""
+        self._print(f"step {event['step']}: held-out loss {loss}{early}")
 
     def _left_s(self, event: dict[str, Any]) -> float | None:
         if self._first_step is None or event["step"] <= self._first_step[1]:

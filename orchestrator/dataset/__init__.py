@@ -1,1 +1,1 @@
-"""Token shards: their format, the order of samples, and the reader."""
+"""Token shards: their format, packing, the order of samples, and the reader."""

@@ -1,7 +1,8 @@
 """A prepared dataset: ``datasets/<name>/<fingerprint>/manifest.json`` and the shards that it lists.
 
-A shard is a flat little-endian array of token ids. The tokens of a split are its shards one after the other;
-sample ``i`` of length L is tokens ``[i·L, i·L + L]``, so that every token but the first is predicted once.
+A shard is a flat little-endian array; a split is its shards one after the other. Of a stream it holds token ids, and
+sample ``i`` of length L is tokens ``[i·L, i·L + L]``, so that every token but the first is predicted once. Of
+conversations and of labelled texts it holds rows of equal length, as :mod:`orchestrator.dataset.rows` says.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from orchestrator.errors import IntegrityError, NotFound, SpecError
-from orchestrator.spec import DataSpec, canonical_json
+from orchestrator.spec import DataSpec, SampleKind, canonical_json
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
 
 PREPARE_VERSION = 1  # raise it when the same source would give other tokens
+RECORDS_VERSION = 1  # the same for conversations and labelled texts
 
 
 class _Frozen(BaseModel):
@@ -34,8 +36,20 @@ class Split(_Frozen):
     shards: tuple[Shard, ...]
     num_tokens: int
     num_bytes: int
-    """Bytes of text that the tokens stand for, without the end-of-text marks; for bits per byte."""
+    """Bytes of text that the targets stand for, without the end-of-text marks of a stream; for bits per byte."""
     num_files: int
+    num_targets: int | None = None
+    """Targets of conversations (tokens) or of labelled texts (one each); null for a stream: as many as tokens."""
+
+    @property
+    def targets_per_byte(self) -> float:
+        """Times bits per target, this is bits per byte."""
+        return (self.num_tokens if self.num_targets is None else self.num_targets) / max(1, self.num_bytes)
+
+
+class TokenizerFile(_Frozen):
+    sha256: str
+    size_bytes: int
 
 
 class Tokenizer(_Frozen):
@@ -43,7 +57,16 @@ class Tokenizer(_Frozen):
     sha256: str
     size_bytes: int
     vocab_size: int
+    """Ids are below it: the tokenizer's length, added tokens included."""
     end_of_text_id: int
+    pad_token_id: int | None = None
+    """What fills up rows; null where it is ``end_of_text_id``."""
+    files: dict[str, TokenizerFile] = {}
+    """What lies beside ``file``, by name: a pretrained tokenizer's config and chat template."""
+
+    @property
+    def pad_id(self) -> int:
+        return self.end_of_text_id if self.pad_token_id is None else self.pad_token_id
 
 
 class DatasetManifest(_Frozen):
@@ -55,9 +78,31 @@ class DatasetManifest(_Frozen):
     train: Split
     eval: Split
     unigram_loss: float
-    """Nats per token of the held-out split under the training split's token frequencies (add one)."""
+    """Nats per target of the held-out split under the training split's frequencies of targets (add one)."""
     source: dict[str, Any]
     created_s: float
+    kind: SampleKind = "stream"
+    row_tokens: int | None = None
+    """Entries of one row, for conversations and labelled texts: ``sequence_length + 1``."""
+    classes: tuple[str, ...] = ()
+    """Of labelled texts, by the number that stands in the rows."""
+    counts: dict[str, int] = {}
+    """What became of the source's records, by ``<split>.<what>``, and ``skipped_<reason>`` for those that were not
+    even read far enough to belong to a split."""
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> DatasetManifest:
+        if (self.kind == "stream") != (self.row_tokens is None) or (self.row_tokens or 2) < 2:
+            raise ValueError(f"row_tokens {self.row_tokens} is not that of {self.kind} samples")
+        if (self.kind == "labelled") != bool(self.classes):
+            raise ValueError(f"{len(self.classes)} classes are not those of {self.kind} samples")
+        if self.row_tokens is not None and self.dtype != "uint32":
+            raise ValueError(f"rows of dtype {self.dtype}; they are uint32")
+        for split in (self.train, self.eval):
+            for shard in split.shards:
+                if self.row_tokens is not None and shard.num_tokens % self.row_tokens:
+                    raise ValueError(f"{shard.file}: {shard.num_tokens} entries are no rows of {self.row_tokens}")
+        return self
 
     @model_validator(mode="after")
     def _counts_agree(self) -> DatasetManifest:
@@ -71,29 +116,60 @@ class DatasetManifest(_Frozen):
         return self
 
     def num_samples(self, split: Split, sequence_length: int) -> int:
-        return max(0, (split.num_tokens - 1) // sequence_length)
+        """Raises SpecError where the rows were made for another sequence_length."""
+        if self.row_tokens is None:
+            return max(0, (split.num_tokens - 1) // sequence_length)
+        self.require_length(sequence_length)
+        return split.num_tokens // self.row_tokens
+
+    def require_length(self, sequence_length: int) -> None:
+        """Refuse a sequence_length that the samples cannot have.
+
+        Raises:
+            SpecError: they are rows of another length.
+        """
+        if self.row_tokens is not None and self.row_tokens != sequence_length + 1:
+            raise SpecError(
+                f"data.sequence_length: {sequence_length} is not that of {self.name}@{self.fingerprint}, "
+                f"whose rows were made for {self.row_tokens - 1}.",
+                next_step=f"Set data.sequence_length {self.row_tokens - 1}, or give data.train to prepare it anew.",
+            )
 
 
-def fingerprint(data: DataSpec, listing: list[tuple[str, str, int]]) -> str:
+def fingerprint(data: DataSpec, listing: list[tuple[str, str, int]], tokenizer_fingerprint: str = "") -> str:
     """16 hex digits of everything that the tokens depend on.
 
     Args:
         listing: (path relative to the source, ETag or content digest, bytes), sorted.
+        tokenizer_fingerprint: of the pretrained tokenizer; empty where one is trained on the source.
     """
-    facts = {
+    facts: dict[str, Any] = {
         "prepare": PREPARE_VERSION,
         "format": data.format,
-        "text_field": data.text_field if data.format != "text" else "",
-        "vocab_size": data.vocab_size,
+        "text_field": data.text_field if data.format in ("jsonl", "parquet") else "",
+        "vocab_size": data.vocab_size if not tokenizer_fingerprint else 0,
         "eval_fraction": data.eval_fraction,
         "files": listing,
     }
+    if tokenizer_fingerprint:
+        facts["tokenizer"] = tokenizer_fingerprint
+    if data.kind != "stream":
+        facts |= {
+            "records": RECORDS_VERSION,
+            "kind": data.kind,
+            "label_field": data.label_field or "",
+            "sequence_length": data.sequence_length,
+            "long_samples": data.long_samples,
+        }
     return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
 
 
-def is_held_out(path: str, eval_fraction: float) -> bool:
-    """Whether a file belongs to the held-out split: a stable hash of its path, not of its neighbours."""
-    digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).digest()
+def is_held_out(what: str, eval_fraction: float) -> bool:
+    """Whether a file, by its path, or a record, by its text, belongs to the held-out split.
+
+    It is a stable hash of that alone, not of its neighbours, so that equal records are on one side.
+    """
+    digest = hashlib.sha256(what.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
 
 

@@ -8,11 +8,13 @@ from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from orchestrator.dataset.format import DatasetManifest, Shard, Split
+from orchestrator.dataset.rows import Rows, unpack_labelled, unpack_packed
 from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
@@ -39,6 +41,7 @@ class TokenReader:
     ) -> None:
         self.sequence_length = sequence_length
         self.num_samples = manifest.num_samples(split, sequence_length)
+        self._kind = manifest.kind
         folder = (cache or cache_directory()) / "datasets" / manifest.fingerprint
         prefix = layout.dataset(manifest.name, manifest.fingerprint)
         with ThreadPoolExecutor(_FETCHES) as pool:
@@ -46,15 +49,30 @@ class TokenReader:
         self._shards = [np.memmap(path, dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r") for path in paths]
         self._starts = [0, *accumulate(shard.num_tokens for shard in split.shards)]
 
+    def rows(self, indices: npt.NDArray[np.int64]) -> Rows:
+        """What the task takes of ``indices``, all in ``0 … num_samples - 1``; B of them, with L = sequence_length.
+
+        A stream gives ``tokens`` (B, L + 1). Conversations give ``tokens``, ``is_target`` and ``positions``, each
+        (B, L + 1). Labelled texts give ``tokens`` (B, L), ``label`` (B,) and ``length`` (B,).
+        """
+        if self._kind == "stream":
+            return {"tokens": self.samples(indices)}
+        entries = np.empty((len(indices), self.sequence_length + 1), dtype=np.uint32)
+        for row, index in enumerate(indices):
+            self._read(int(index) * entries.shape[1], entries[row])
+        return unpack_packed(entries) if self._kind == "packed" else unpack_labelled(entries)
+
     def samples(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Token ids of ``indices``, all in ``0 … num_samples - 1``; shape (len(indices), sequence_length + 1)."""
+        """Token ids of a stream's ``indices``; shape (len(indices), sequence_length + 1)."""
+        if self._kind != "stream":
+            raise ValueError(f"{self._kind} samples are read by rows()")
         out = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
         for row, index in enumerate(indices):
             self._read(int(index) * self.sequence_length, out[row])
         return out
 
-    def _read(self, start: int, out: npt.NDArray[np.int64]) -> None:
-        """Fill ``out`` with the tokens from ``start`` on, over the borders of shards."""
+    def _read(self, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill ``out`` with the entries from ``start`` on, over the borders of shards."""
         shard = bisect_right(self._starts, start) - 1
         filled = 0
         while filled < len(out):

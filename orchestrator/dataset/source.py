@@ -13,6 +13,7 @@ from orchestrator.spec import DataSpec
 from orchestrator.store.s3 import Store, split_uri
 
 _WILD = re.compile(r"[*?]")
+_LINE_BYTES = 2**16  # read at a time for the rest of a slice's last line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,23 @@ def list_source(pattern: str, store: Store) -> list[SourceFile]:
     return sorted(found, key=lambda file: file.path)
 
 
-def source_fingerprint(data: DataSpec, files: list[SourceFile]) -> str:
-    """The fingerprint of the dataset that preparing these files gives."""
-    return fingerprint(data, [(file.path, file.etag, file.size_bytes) for file in files])
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The lines of a file that begin in the ``number``-th of ``of`` equal stretches of its bytes."""
+
+    file: SourceFile
+    number: int = 0
+    of: int = 1
+
+    @property
+    def size_bytes(self) -> int:
+        return self.file.size_bytes // self.of
+
+
+def source_fingerprint(data: DataSpec, files: list[SourceFile], tokenizer_fingerprint: str = "") -> str:
+    """The fingerprint of the dataset that preparing these files gives, with a pretrained tokenizer where one is."""
+    listing = [(file.path, file.etag, file.size_bytes) for file in files]
+    return fingerprint(data, listing, tokenizer_fingerprint)
 
 
 def read_source(file: SourceFile, store: Store) -> bytes:
@@ -69,7 +84,46 @@ def read_source(file: SourceFile, store: Store) -> bytes:
     try:
         return Path(file.uri).read_bytes()
     except OSError as e:
-        raise EnvironmentUnusable(f"data.train: {file.uri} cannot be read: {e.strerror or e}.") from e
+        raise _unreadable(file, e) from e
+
+
+def read_lines(part: Slice, store: Store) -> bytes:
+    """The lines of a slice, whole ones: a line belongs to the slice in which its first byte lies."""
+    file = part.file
+    if part.of == 1:
+        return read_source(file, store)
+    start, end = (file.size_bytes * border // part.of for border in (part.number, part.number + 1))
+    before = max(0, start - 1)  # where this byte ends a line, the slice starts with a line of its own
+    content = _read_range(file, store, before, end - before)
+    if start:
+        first = content.find(b"\n") + 1
+        if not first:
+            return b""
+        content = content[first:]
+    while end < file.size_bytes and content and not content.endswith(b"\n"):
+        more = _read_range(file, store, end, _LINE_BYTES)
+        if not more:
+            break
+        end += len(more)
+        rest = more.find(b"\n") + 1
+        content += more[:rest] if rest else more
+    return content
+
+
+def _read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> bytes:
+    if file.uri.startswith("s3://"):
+        bucket, key = split_uri(file.uri)
+        return store.at(bucket).get_range(key, start, num_bytes)
+    try:
+        with Path(file.uri).open("rb") as source:
+            source.seek(start)
+            return source.read(num_bytes)
+    except OSError as e:
+        raise _unreadable(file, e) from e
+
+
+def _unreadable(file: SourceFile, error: OSError) -> EnvironmentUnusable:
+    return EnvironmentUnusable(f"data.train: {file.uri} cannot be read: {error.strerror or error}.")
 
 
 def _compile(pattern: str) -> tuple[str, re.Pattern[str]]:

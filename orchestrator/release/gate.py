@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from orchestrator.spec import GateSpec
 
@@ -35,7 +35,7 @@ def decide(gate: GateSpec, *, evaluation: Mapping[str, Any], serving: Serving | 
     """Hold an evaluation against the run file's gate and against what serves now.
 
     Args:
-        evaluation: ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, or what the task reports.
+        evaluation: ``loss`` (nats per target), ``perplexity``, ``accuracy``, or what else the task reports.
         serving: the version in force on the channel; None where there is none, which nothing need beat.
     """
     reasons = [
@@ -44,19 +44,28 @@ def decide(gate: GateSpec, *, evaluation: Mapping[str, Any], serving: Serving | 
         if isinstance(value, float) and not math.isfinite(value)
     ]
     if gate.max_loss is not None:
-        reasons += _above(LOSS, evaluation, gate.max_loss, "gate.max_loss")
+        reasons += _beyond(LOSS, evaluation, gate.max_loss, "gate.max_loss", above=True)
+    for name, limit in sorted(gate.max.items()):
+        reasons += _beyond(name, evaluation, limit, f"gate.max.{name}", above=True)
+    for name, limit in sorted(gate.min.items()):
+        reasons += _beyond(name, evaluation, limit, f"gate.min.{name}", above=False)
     if gate.must_beat_serving and serving is not None:
         reasons += _not_better(evaluation, serving)
     return GateDecision(passed=not reasons, reasons=tuple(reasons))
 
 
-def _above(name: str, evaluation: Mapping[str, Any], limit: float, setting: str) -> list[str]:
+def _beyond(name: str, evaluation: Mapping[str, Any], limit: float, setting: str, *, above: bool) -> list[str]:
+    """What is wrong where a figure lies above its limit, or below it; nothing where it does not."""
     value = _number(evaluation, name)
+    if value is None and name in evaluation and _is_number(evaluation[name]):
+        return []  # it is not finite, which is a reason of its own
     if value is None:
-        return [] if name in evaluation else [f"the evaluation has no {name} to hold against {setting} {limit:g}"]
-    if value <= limit:
+        there = ", ".join(sorted(key for key, figure in evaluation.items() if _is_number(figure))) or "none"
+        return [f"the evaluation has no {name} to hold against {setting} {limit:g}; its figures are {there}"]
+    excess = value - limit if above else limit - value
+    if excess <= 0:
         return []
-    return [f"eval {name} {value:.6g} is above {setting} {limit:g} by {value - limit:.4g}"]
+    return [f"eval {name} {value:.6g} is {'above' if above else 'below'} {setting} {limit:g} by {excess:.4g}"]
 
 
 def _not_better(evaluation: Mapping[str, Any], serving: Serving) -> list[str]:
@@ -77,6 +86,8 @@ def _not_better(evaluation: Mapping[str, Any], serving: Serving) -> list[str]:
 def _number(evaluation: Mapping[str, Any], name: str) -> float | None:
     """The finite number under ``name``, or None."""
     value = evaluation.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if _is_number(value) and math.isfinite(value) else None
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

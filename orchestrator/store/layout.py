@@ -31,6 +31,15 @@ def dataset_manifest(name: str, fingerprint: str) -> str:
     return f"{dataset(name, fingerprint)}manifest.json"
 
 
+# bases/<fingerprint>/…
+def base(fingerprint: str) -> str:
+    return f"bases/{fingerprint}/"
+
+
+def base_manifest(fingerprint: str) -> str:
+    return f"{base(fingerprint)}manifest.json"
+
+
 # code/<digest>.zip
 def code(digest: str) -> str:
     return f"code/{digest}.zip"

@@ -42,7 +42,7 @@ from tests.bench.harness import at_most, finish, say, spread
 from tests.cluster.installed import Installed, install
 from tests.cluster.layout import NAMESPACE
 from tests.cluster.runs import open_store_with, submit
-from workloads.engine import deepspeed_config
+from workloads.deepspeed_config import deepspeed_config
 from workloads.tasks import task_of
 
 MAX_RATIO = 1.1

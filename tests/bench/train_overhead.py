@@ -160,7 +160,8 @@ class BareLoop:
 
         from orchestrator.dataset.format import read_manifest
         from orchestrator.plan import split_batch
-        from workloads.engine import deepspeed_config, parameter_groups
+        from workloads.deepspeed_config import deepspeed_config
+        from workloads.engine import parameter_groups
         from workloads.tasks import task_of
 
         train = job.spec.train

@@ -10,7 +10,8 @@ from torch import nn
 
 from orchestrator.plan import split_batch
 from orchestrator.spec import OptimizerSpec, TrainSpec, ZeroSpec
-from workloads.engine import deepspeed_config, parameter_groups
+from workloads.deepspeed_config import deepspeed_config
+from workloads.engine import parameter_groups
 
 
 def config(*, world_size: int = 2, device: str = "cpu", precision: str = "fp32", **fields: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from orchestrator import sizing
 from orchestrator.errors import IntegrityError, SpecError, TimedOut
 from orchestrator.memory import ModelSize
 from orchestrator.sizing import AUTO_CLASSES, count_parameters, from_safetensors_header, header_bytes
+from orchestrator.spec import LoraSpec
 
 LLAMA = {
     "model_type": "llama",
@@ -71,6 +72,43 @@ def test_a_llama_is_counted_as_transformers_builds_it(counted: tuple[Path, Model
     request = json.dumps({**LLAMA, "vocab_size": VOCAB})
     done = subprocess.run([sys.executable, "-c", program, request], capture_output=True, text=True, check=True)
     assert counted[1].num_parameters == int(done.stdout)
+
+
+def test_adapters_count_as_trainable_and_the_rest_as_frozen(counted: tuple[Path, ModelSize]) -> None:
+    pytest.importorskip("peft")
+    size = _count(LLAMA, counted[0], is_pretrained=True, lora=LoraSpec(rank=4)).size
+    assert size is not None
+    attention = 2 * (32 + 32) + 2 * (32 + 16)  # inputs + outputs of query, output, key and value
+    adapters = 2 * 4 * (attention + 3 * (32 + 48))
+    assert size.num_trainable == adapters
+    assert size.num_parameters == counted[1].num_parameters + adapters
+    one = _count(LLAMA, counted[0], is_pretrained=True, lora=LoraSpec(rank=4, target_modules=("q_proj",))).size
+    assert one is not None
+    assert one.num_trainable == 2 * 4 * (32 + 32)
+
+
+def test_an_adapter_for_other_modules_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(SpecError, match="model.lora is refused: Target modules .*c_attn.* not found"):
+        _count(LLAMA, tmp_path, is_pretrained=True, lora=LoraSpec(target_modules=("c_attn",)))
+
+
+def test_a_config_json_may_hold_what_its_class_passes_over(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    written = {"architectures": ["LlamaForCausalLM"], "transformers_version": "5.0", "vocab_size": 320, "own": 1}
+    size = _count({**LLAMA, **written}, tmp_path, is_pretrained=True).size
+    assert size is not None
+    assert size.vocab_size == 320
+    with pytest.raises(SpecError, match="model.pretrained: its config.json is refused: .* no architecture 'own'"):
+        _count({"model_type": "own"}, tmp_path, is_pretrained=True)
+
+
+def test_a_classifier_has_no_logits_over_the_vocabulary(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = _count(bert, tmp_path, auto_class=AUTO_CLASSES["sequence-classification"]).size
+    assert size is not None
+    assert (size.hidden_size, size.num_layers, size.vocab_size) == (32, 2, None)
 
 
 def test_the_second_count_comes_from_the_cache_at_once(counted: tuple[Path, ModelSize]) -> None:

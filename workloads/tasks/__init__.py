@@ -6,12 +6,17 @@ import importlib
 
 from orchestrator.dataset.format import DatasetManifest
 from orchestrator.errors import SpecError
-from orchestrator.spec import RunSpec
+from orchestrator.spec import RunSpec, SampleKind
 from workloads.tasks.base import Batch, Samples, Task, TaskContext
+from workloads.tasks.base_context import BaseContext
 
-_BUILT_IN = {"causal-lm": "workloads.tasks.causal_lm:CausalLM"}
+_BUILT_IN = {
+    "causal-lm": "workloads.tasks.causal_lm:CausalLM",
+    "sequence-classification": "workloads.tasks.sequence_classification:SequenceClassification",
+}
+_KINDS: dict[SampleKind, str] = {"stream": "plain text", "packed": "conversations", "labelled": "labelled texts"}
 
-__all__ = ["Batch", "Samples", "Task", "TaskContext", "check_task", "load_task", "task_of"]
+__all__ = ["BaseContext", "Batch", "Samples", "Task", "TaskContext", "check_task", "load_task", "task_of"]
 
 
 def load_task(name: str, context: TaskContext) -> Task:
@@ -41,27 +46,83 @@ def load_task(name: str, context: TaskContext) -> Task:
     return found(context)
 
 
-def task_of(spec: RunSpec, dataset: DatasetManifest) -> Task:
-    """The run's task, in its context."""
-    tokenizer = dataset.tokenizer
-    context = _context(spec, vocab_size=tokenizer.vocab_size, end_of_text_id=tokenizer.end_of_text_id)
-    return load_task(spec.task, context)
+def task_of(spec: RunSpec, dataset: DatasetManifest, base: BaseContext | None = None) -> Task:
+    """The run's task, in its context.
 
-
-def check_task(spec: RunSpec) -> None:
-    """Find the run's task and its model's config before anything is done.
+    Args:
+        base: the pretrained model, where the run starts from one.
 
     Raises:
-        SpecError: there is no such task, or transformers does not take the architecture.
+        SpecError: the task takes no samples of the dataset's kind, or the dataset has another tokenizer than the base.
     """
-    vocab_size = spec.data.vocab_size  # the tokenizer's own is known after prepare
-    load_task(spec.task, _context(spec, vocab_size=vocab_size, end_of_text_id=0)).model_config()
-
-
-def _context(spec: RunSpec, *, vocab_size: int, end_of_text_id: int) -> TaskContext:
-    return TaskContext(
+    tokenizer = dataset.tokenizer
+    context = TaskContext(
         architecture=spec.model.architecture,
-        vocab_size=vocab_size,
-        end_of_text_id=end_of_text_id,
+        base=base,
+        lora=spec.model.lora,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text_id=tokenizer.end_of_text_id,
+        pad_token_id=tokenizer.pad_id,
         sequence_length=spec.data.sequence_length,
+        sample_kind=dataset.kind,
+        classes=dataset.classes,
     )
+    task = load_task(spec.task, context)
+    require_kind(spec, task, dataset.kind)
+    if base is not None:
+        _require_tokenizer_of(base, dataset)
+    return task
+
+
+def check_task(spec: RunSpec, base: BaseContext | None = None) -> None:
+    """Find the run's task and its model's config before anything is done.
+
+    Args:
+        base: the pretrained model once it is in the store. Without it, what can be said of the run file alone is
+            checked.
+
+    Raises:
+        SpecError: there is no such task, it takes no such data, or transformers does not take the model.
+    """
+    context = TaskContext(
+        architecture=spec.model.architecture,
+        base=base,
+        lora=spec.model.lora,
+        vocab_size=0 if base is not None else spec.data.vocab_size,  # the dataset's own is known after prepare
+        end_of_text_id=0,
+        sequence_length=spec.data.sequence_length,
+        sample_kind=spec.data.kind,
+    )
+    task = load_task(spec.task, context)
+    if spec.data.dataset is None:  # a prepared dataset says itself what it holds
+        require_kind(spec, task, spec.data.kind)
+    if spec.model.pretrained is None or base is not None:
+        task.check()
+
+
+def require_kind(spec: RunSpec, task: Task, kind: SampleKind) -> None:
+    """
+    Raises:
+        SpecError: the task does not take samples of ``kind``.
+    """
+    if kind in task.sample_kinds:
+        return
+    next_steps = []
+    if "labelled" in task.sample_kinds:
+        next_steps.append("Set data.label_field to the field that holds the class, with data.format jsonl or parquet.")
+    elif kind == "labelled":
+        next_steps.append("Remove data.label_field, or set task to sequence-classification.")
+    elif kind == "packed":
+        next_steps.append("Set data.format to text, jsonl or parquet, or task to causal-lm.")
+    wanted = " or ".join(_KINDS[known] for known in task.sample_kinds)
+    raise SpecError(f"task: {spec.task} takes {wanted}, and data gives {_KINDS[kind]}.", next_step=" ".join(next_steps))
+
+
+def _require_tokenizer_of(base: BaseContext, dataset: DatasetManifest) -> None:
+    """A pretrained tokenizer is kept whole; one that was trained on a source is tokenizer.json alone."""
+    if not dataset.tokenizer.files:
+        raise SpecError(
+            f"data.dataset: {dataset.name}@{dataset.fingerprint} was prepared with a tokenizer of its own, whose ids "
+            f"mean nothing to {base.manifest.uri}.",
+            next_step="Give data.train, the source, so that it is prepared with the pretrained model's tokenizer.",
+        )

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from orchestrator.dataset.format import Split
 from orchestrator.errors import SpecError
 from orchestrator.meta_model import Refused, checked_config
+from orchestrator.spec import LoraSpec, SampleKind
+from workloads.tasks import base_config, tokenizer_files
+from workloads.tasks.base_context import BaseContext
 
 _MIN_POSITIONS = 512  # so that a model trained on short samples still serves longer prompts
 
@@ -29,10 +32,19 @@ Batch = dict[str, Tensor]
 class TaskContext:
     """What a task may know about its run."""
 
-    architecture: dict[str, Any]
     vocab_size: int
+    """Ids that the tokenizer gives are below it."""
     end_of_text_id: int
     sequence_length: int
+    architecture: dict[str, Any] | None = None
+    """In the words of a transformers config; None where the run starts from ``base``."""
+    base: BaseContext | None = None
+    lora: LoraSpec | None = None
+    sample_kind: SampleKind = "stream"
+    classes: tuple[str, ...] = ()
+    """Of labelled samples, by the number that the rows hold."""
+    pad_token_id: int | None = None
+    """What fills up rows; None where it is ``end_of_text_id``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +55,8 @@ class Samples:
     """
 
     rows: Mapping[str, npt.NDArray[Any]]
-    """What the dataset holds, by name; the first dimension of every array is B. Token shards hold ``tokens``."""
+    """What :meth:`orchestrator.dataset.reader.TokenReader.rows` gives, by name; the first dimension of every array is
+    B. All kinds hold ``tokens``."""
     num_real: int
     row_rng: Callable[[int], np.random.Generator]
     """Random numbers for row ``b`` that depend on (seed, step, position in the global batch) only, so that noise and
@@ -51,7 +64,7 @@ class Samples:
 
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
-        """Token ids, shape (B, L + 1): the inputs and, one further on, the targets."""
+        """Token ids, shape (B, L + 1): the inputs and, one further on, the targets. Of labelled samples, (B, L)."""
         return self.rows["tokens"]
 
 
@@ -60,37 +73,81 @@ class Task(ABC):
 
     auto_class: str = "AutoModelForCausalLM"
     """The transformers class that builds and loads the model."""
+    sample_kinds: tuple[SampleKind, ...] = ("stream",)
+    """The kinds of samples that :meth:`collate` takes."""
+    lora_task_type: str = ""
+    """What peft calls this task; empty where it has no name for it."""
 
     def __init__(self, context: TaskContext) -> None:
         self.context = context
 
+    def check(self) -> None:
+        """Refuse what cannot be trained, before anything is done.
+
+        Raises:
+            SpecError: transformers does not take the model, or the samples do not fit it.
+        """
+        config, base = self.model_config(), self.context.base
+        if base is not None:
+            size = max(base_config.tokenizer_size(base), self.context.vocab_size)
+            base_config.require_embedding(config, size, source=base.manifest.uri)
+            base_config.require_positions(config, self.context.sequence_length)
+
     def build_model(self) -> nn.Module:
-        """The model with random weights, in fp32. Called with the run's seed set, the same on every rank."""
+        """The model in fp32. Called with the run's seed set, the same on every rank.
+
+        From scratch its weights are random. From a base they are not there yet: the checkpoint package fills in what
+        each rank keeps.
+
+        Raises:
+            SpecError: the base does not hold the model's weights, or LoRA's targets are not in the model.
+        """
         import transformers
 
+        if self.context.base is not None:
+            from workloads import pretrained_model
+
+            return pretrained_model.build(self)
         config = self.model_config()
         model: nn.Module = getattr(transformers, self.auto_class).from_config(config, dtype="float32")
         return model
 
     def model_config(self) -> Any:
-        """The transformers config: the run file's architecture, its vocabulary following the tokenizer.
+        """The transformers config: the base's, or the run file's architecture, its vocabulary following the tokenizer.
 
         Raises:
-            SpecError: transformers does not take the architecture.
+            SpecError: transformers does not take it.
         """
+        if self.context.base is not None:
+            return base_config.load_config(self.context.base)
         import transformers
 
         fields = {
             "vocab_size": self.context.vocab_size,
             "max_position_embeddings": max(self.context.sequence_length, _MIN_POSITIONS),
             **self.special_tokens(),
-            **self.context.architecture,
+            **(self.context.architecture or {}),
         }
         try:
             return checked_config(transformers, fields)
         except Refused as e:
             field = f"model.architecture.{e.field}" if e.field else "model.architecture"
             raise SpecError(f"{field}: {e.reason}.") from e
+
+    @property
+    def remote_code(self) -> dict[str, bool]:
+        """Whether transformers may run code that lies beside the weights, as its functions take it."""
+        base = self.context.base
+        return {"trust_remote_code": base is not None and base.trust_remote_code}
+
+    def may_be_new(self, model: nn.Module, name: str) -> bool:
+        """Whether a parameter that the base does not hold, or holds in another shape, starts from random numbers.
+        Where it may not, the run is refused."""
+        return False
+
+    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """Names of modules outside the base that are trained whole beside LoRA's adapters."""
+        return ()
 
     def special_tokens(self) -> dict[str, int | None]:
         """Ids that the model's config carries."""
@@ -129,30 +186,58 @@ class Task(ABC):
 
         transformers.utils.logging.disable_progress_bar()
         model: nn.Module = getattr(transformers, self.auto_class).from_pretrained(
-            directory, use_safetensors=True, dtype="float32"
+            directory, use_safetensors=True, dtype="float32", **self.remote_code
         )
         return model
 
     def save_assets(self, directory: Path, *, tokenizer: Path, dtype: str) -> None:
-        """Everything of a Hugging Face directory but the weights: config, tokenizer."""
-        import transformers
+        """Everything of a Hugging Face directory but the weights.
 
+        Args:
+            tokenizer: the dataset's tokenizer.json; a pretrained one's other files lie beside it.
+            dtype: of the weights, in the run file's words.
+        """
+        self.save_config(directory, dtype=dtype)
+        self.save_tokenizer(directory, tokenizer=tokenizer)
+
+    def save_config(self, directory: Path, *, dtype: str) -> None:
+        """The model's config, and how the base's authors would generate with it."""
         config = self.model_config()
         config.architectures = [self.model_class_name()]
         config.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
         config.save_pretrained(directory)
-        fast = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tokenizer),
-            eos_token="<|endoftext|>",
-            pad_token="<|endoftext|>",
-            model_max_length=int(getattr(config, "max_position_embeddings", self.context.sequence_length)),
-            clean_up_tokenization_spaces=False,
-        )
-        fast.save_pretrained(directory)
+        if self.context.base is not None:
+            base_config.copy_beside(self.context.base, directory)
+
+    def save_tokenizer(self, directory: Path, *, tokenizer: Path) -> None:
+        """The whole tokenizer, with its chat template where it has one."""
+        base = self.context.base
+        if (tokenizer.parent / tokenizer_files.CONFIG).is_file():
+            tokenizer_files.copy_tokenizer(tokenizer.parent, directory)
+        elif base is not None:
+            tokenizer_files.copy_tokenizer(base.directory, directory)
+        else:
+            limit = base_config.position_limit(self.model_config())
+            tokenizer_files.save_trained(tokenizer, directory, max_tokens=limit or self.context.sequence_length)
 
     def model_class_name(self) -> str:
-        """The class that transformers maps this architecture to, such as LlamaForCausalLM."""
+        """The class that transformers maps this architecture to, such as LlamaForCausalLM.
+
+        Raises:
+            SpecError: it has none for this task.
+        """
         import transformers
 
+        config = self.model_config()
+        own_code = getattr(config, "auto_map", None) or {}
+        if self.auto_class in own_code and self.remote_code["trust_remote_code"]:
+            return str(own_code[self.auto_class].rpartition(".")[2])
         mapping = getattr(transformers, self.auto_class)._model_mapping
-        return str(mapping[type(self.model_config())].__name__)
+        if type(config) not in mapping:
+            field = "model.architecture.model_type" if self.context.base is None else "model.pretrained"
+            raise SpecError(
+                f"{field}: transformers has no {self.auto_class.removeprefix('AutoModelFor')} model of the type "
+                f"{config.model_type}.",
+                next_step="Use another model, or a task that this one is for.",
+            )
+        return str(mapping[type(config)].__name__)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.checkpoint.blocks import coalesce
 from orchestrator.checkpoint.catalog import read_manifest
-from orchestrator.checkpoint.reader import READ_BYTES, CheckpointReader, Piece, _coalesce, pieces_of
+from orchestrator.checkpoint.reader import READ_BYTES, CheckpointReader, Piece, pieces_of
 from orchestrator.checkpoint.tensors import byte_view
 from orchestrator.checkpoint.verify import verify
 from orchestrator.errors import IntegrityError, NotFound
@@ -124,7 +125,7 @@ def test_a_file_that_went_missing_is_not_found(memory_store: MemoryStore) -> Non
 def test_coalesced_reads_cover_every_byte_within_the_limit(spans: list[tuple[int, int, int]]) -> None:
     room = memoryview(bytearray(3 * READ_BYTES))
     pieces = [Piece(file=file, start=start, target=room[:length]) for file, start, length in spans]
-    groups = list(_coalesce(pieces))
+    groups = list(coalesce(pieces))
     for group in groups:
         assert len({piece.file for piece in group}) == 1
         assert max(piece.stop for piece in group) - group[0].start <= READ_BYTES

@@ -1,4 +1,4 @@
-"""The parts of preparing that need no Ray: cutting, reading documents, tokenising a part, counting."""
+"""The parts of preparing a stream that need no Ray: cutting, reading documents, tokenising a part, counting."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dataset.format import is_held_out
+from orchestrator.dataset.format import Tokenizer, is_held_out
 from orchestrator.dataset.reader import TokenReader
 from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
 from orchestrator.errors import RunError
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
-from workloads.prepare import END_OF_TEXT, assemble, cut, documents_of, tokenize_part, train_tokenizer, unigram_loss
+from workloads.prepare import part_jobs, prepare_part, split_by_record
+from workloads.prepare.assemble import assemble, unigram_loss
+from workloads.prepare.documents import documents_of
+from workloads.prepare.parts import Part, PartJob, cut
+from workloads.prepare.vocabulary import END_OF_TEXT, store_trained
 
 MIB = 2**20
 
@@ -121,18 +125,34 @@ def corpus(memory_store: MemoryStore) -> MemoryStore:
 def prepared(store: MemoryStore, spec: DataSpec, *, num_parts: int = 2, prefix: str = "ds/") -> Any:
     """Tokenise and assemble without Ray. Returns the manifest and each split's tokens."""
     files = list_source(spec.train or "", store)
-    tokenizer = train_tokenizer(spec, [file for file in files if not is_held_out(file.path, spec.eval_fraction)], store)
+    by_record = split_by_record(spec, files)
+    tokenizer = store_trained(spec, files, store, prefix, by_record=by_record)
     size = -(-len(files) // num_parts)
-    parts = [
-        tokenize_part(number, files[number * size : (number + 1) * size], spec, store, prefix, tokenizer)
+    jobs = [
+        job_of(files[number * size : (number + 1) * size], spec, store, tokenizer, prefix, number, by_record=by_record)
         for number in range(num_parts)
     ]
+    parts = [prepare_part(job, store) for job in jobs]
     manifest = assemble(spec, "code", source_fingerprint(spec, files), files, parts, tokenizer)
     tokens = {
         name: np.concatenate([np.frombuffer(store.get(prefix + shard.file), dtype="<u2") for shard in split.shards])
         for name, split in (("train", manifest.train), ("eval", manifest.eval))
     }
-    return manifest, tokens, tokenizer
+    return manifest, tokens, store.get(prefix + "tokenizer.json")
+
+
+def job_of(
+    files: list[SourceFile],
+    spec: DataSpec,
+    store: MemoryStore,
+    tokenizer: Tokenizer,
+    prefix: str,
+    number: int,
+    *,
+    by_record: bool = False,
+) -> PartJob:
+    (job,) = part_jobs(spec, files, store, prefix, tokenizer, by_record=by_record)
+    return job.model_copy(update={"number": number})
 
 
 def test_the_same_source_gives_the_same_bytes_twice(corpus: MemoryStore) -> None:
@@ -169,10 +189,38 @@ def test_the_tokens_are_the_documents(corpus: MemoryStore, num_parts: int) -> No
 
 def test_a_part_done_twice_is_the_same_part(corpus: MemoryStore) -> None:
     files = list_source("s3://corpus/**", corpus)
-    tokenizer = train_tokenizer(data(), files, corpus)
-    first = tokenize_part(0, files, data(), corpus, "ds/", tokenizer)
-    assert tokenize_part(0, files, data(), corpus, "ds/", tokenizer) == first
-    assert hashlib.sha256(corpus.get("ds/train-00000.bin")).hexdigest() == first["train"]["shard"]["sha256"]
+    tokenizer = store_trained(data(), files, corpus, "ds/", by_record=False)
+    job = job_of(files, data(), corpus, tokenizer, "ds/", 0)
+    first = prepare_part(job, corpus)
+    assert prepare_part(job, corpus) == first
+    shard = first.splits["train"].shard
+    assert shard is not None
+    assert hashlib.sha256(corpus.get("ds/train-00000.bin")).hexdigest() == shard.sha256
+
+
+def test_a_jobs_and_a_parts_json_says_all_of_it(corpus: MemoryStore) -> None:
+    files = list_source("s3://corpus/**", corpus)
+    tokenizer = store_trained(data(), files, corpus, "ds/", by_record=False)
+    job = job_of(files, data(), corpus, tokenizer, "ds/", 0)
+    assert PartJob.model_validate_json(job.model_dump_json()) == job
+    part = prepare_part(job, corpus)
+    assert Part.model_validate_json(part.model_dump_json()) == part
+
+
+@pytest.mark.parametrize("format_", ["jsonl", "parquet"])
+def test_one_file_is_split_by_its_texts(memory_store: MemoryStore, format_: Any) -> None:
+    texts = [f"text number {number} of them" for number in range(60)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    memory_store.at("corpus").upload("all", lines if format_ == "jsonl" else parquet(text=texts))
+    spec = data(format=format_)
+    manifest, tokens, tokenizer_json = prepared(memory_store, spec, num_parts=1)
+    held_out = [text for text in texts if is_held_out(text, spec.eval_fraction)]
+    assert 5 < len(held_out) < 40
+    import tokenizers
+
+    decoded = tokenizers.Tokenizer.from_str(tokenizer_json.decode()).decode(tokens["eval"].tolist())
+    assert decoded == "".join(held_out)
+    assert (manifest.train.num_files, manifest.eval.num_files) == (1, 1)
 
 
 def test_bad_files_are_counted_and_few_are_allowed(corpus: MemoryStore) -> None:
@@ -196,9 +244,15 @@ def test_half_a_surrogate_pair_costs_one_file_and_not_the_run(memory_store: Memo
     assert manifest.source["skipped"] == ["half.jsonl"]
 
 
-def test_an_empty_split_is_refused(corpus: MemoryStore) -> None:
-    with pytest.raises(RunError, match="the eval split holds no text"):
+def test_a_split_without_files_is_refused(corpus: MemoryStore) -> None:
+    with pytest.raises(RunError, match="of 20 files 0 fall into the held-out split"):
         prepared(corpus, data(eval_fraction=1e-9))
+
+
+def test_a_split_without_text_is_refused(memory_store: MemoryStore) -> None:
+    memory_store.at("corpus").upload("all.jsonl", b'{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(RunError, match="the eval split holds no text"):
+        prepared(memory_store, data(format="jsonl", eval_fraction=1e-9), num_parts=1)
 
 
 def test_a_prepared_part_is_read_by_the_reader(corpus: MemoryStore, tmp_path: Any) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from orchestrator.dataset.format import DatasetManifest, Shard, Split
 from orchestrator.dataset.reader import TokenReader, require_samples
-from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError
+from orchestrator.dataset.rows import conversation_entries, labelled_row, packed_row
+from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError, SpecError
 from orchestrator.store import layout
 from tests.unit.dataset.test_format import manifest
 from tests.unit.fakes import MemoryStore
@@ -114,3 +115,65 @@ def test_too_few_samples_for_a_batch(memory_store: MemoryStore, tmp_path: Path) 
     require_samples(reader, at_least=2, what="train")
     with pytest.raises(RunError, match="holds 2 samples of 8 tokens; 3 are needed"):
         require_samples(reader, at_least=3, what="train")
+
+
+# -- rows
+
+
+def make_rows(store: MemoryStore, kind: str, entries: np.ndarray, *, shard_rows: list[int]) -> DatasetManifest:
+    """A dataset of these rows, shape (rows, R), so many to a shard."""
+    shards = []
+    for number, part in enumerate(np.split(entries.astype("<u4"), np.cumsum(shard_rows)[:-1])):
+        data, file = part.tobytes(), f"train-{number:05d}.bin"
+        store.create(PREFIX + file, data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(Shard(file=file, num_tokens=part.size, size_bytes=len(data), sha256=digest))
+    split = Split(shards=tuple(shards), num_tokens=entries.size, num_bytes=1, num_files=1, num_targets=1)
+    fields = {"classes": ("a", "b")} if kind == "labelled" else {}
+    return DatasetManifest.model_validate(
+        manifest(dtype="uint32", train=split, eval=split, kind=kind, row_tokens=entries.shape[1], **fields)
+    )
+
+
+def test_a_stream_is_rows_of_tokens(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [40])
+    reader = open_reader(memory_store, dataset, tmp_path)
+    indices = np.array([2, 0])
+    found = reader.rows(indices)
+    assert list(found) == ["tokens"]
+    assert np.array_equal(found["tokens"], reader.samples(indices))
+
+
+def test_rows_of_conversations(memory_store: MemoryStore, tmp_path: Path) -> None:
+    entries = np.stack(
+        [
+            packed_row([conversation_entries([row, 2, 3], np.array([False, False, True]))] * 2, row_tokens=9, pad_id=99)
+            for row in range(5)
+        ]
+    )
+    dataset = make_rows(memory_store, "packed", entries, shard_rows=[2, 3])
+    reader = open_reader(memory_store, dataset, tmp_path)
+    assert reader.num_samples == 5
+    found = reader.rows(np.array([4, 1]))
+    assert found["tokens"].tolist() == [[row, 2, 3, row, 2, 3, 99, 99, 99] for row in (4, 1)]
+    assert found["is_target"].tolist() == [[False, False, True] * 2 + [False] * 3] * 2
+    assert found["positions"].tolist() == [[0, 1, 2] * 3] * 2
+    assert [found[name].dtype for name in ("tokens", "is_target", "positions")] == [np.int64, np.bool_, np.int64]
+    with pytest.raises(ValueError, match="packed samples"):
+        reader.samples(np.array([0]))
+
+
+def test_rows_of_labelled_texts(memory_store: MemoryStore, tmp_path: Path) -> None:
+    entries = np.stack([labelled_row(row % 2, [row] * (row + 1), row_tokens=9, pad_id=99) for row in range(5)])
+    dataset = make_rows(memory_store, "labelled", entries, shard_rows=[1, 4])
+    found = open_reader(memory_store, dataset, tmp_path).rows(np.array([0, 3]))
+    assert found["tokens"].tolist() == [[0] + [99] * 7, [3] * 4 + [99] * 4]
+    assert (found["label"].tolist(), found["length"].tolist()) == ([0, 1], [1, 4])
+
+
+def test_rows_of_another_length_than_the_runs_are_refused(memory_store: MemoryStore, tmp_path: Path) -> None:
+    entries = np.stack([labelled_row(0, [1], row_tokens=9, pad_id=0)])
+    dataset = make_rows(memory_store, "labelled", entries, shard_rows=[1])
+    with pytest.raises(SpecError, match=r"sequence_length: 16 is not that of .*made for 8") as caught:
+        open_reader(memory_store, dataset, tmp_path, length=16)
+    assert "sequence_length 8" in caught.value.next_step

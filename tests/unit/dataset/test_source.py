@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.dataset.source import list_source, read_source, source_fingerprint
+from orchestrator.dataset.source import Slice, list_source, read_lines, read_source, source_fingerprint
 from orchestrator.errors import EmptySource, StoreError, UsageError
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
@@ -125,3 +127,30 @@ def test_the_fingerprint_follows_content_and_not_place(bucket: MemoryStore, fold
     there = of("s3://corpus/src/**/*.py")
     bucket.at("corpus").tamper("src/a.py", b"A.py")
     assert of("s3://corpus/src/**/*.py") != there
+
+
+# -- slices
+
+LINES = st.lists(st.sampled_from([b"", b"a", b"bb", b"0123456789" * 3, "ü".encode()]), min_size=1, max_size=30)
+
+
+@given(lines=LINES, of=st.integers(1, 12), ends=st.booleans())
+def test_the_slices_of_a_file_are_its_lines_each_once(lines: list[bytes], of: int, ends: bool) -> None:
+    content = b"\n".join(lines) + (b"\n" if ends else b"")
+    if not content:
+        return
+    store = MemoryStore()
+    store.at("corpus").upload("a.jsonl", content)
+    (file,) = list_source("s3://corpus/a.jsonl", store)
+    slices = [read_lines(Slice(file=file, number=number, of=of), store) for number in range(of)]
+    assert b"".join(slices) == content
+    assert all(piece.endswith(b"\n") for piece in slices[:-1] if piece and not content.endswith(piece))
+
+
+def test_a_line_longer_than_slices_is_whole_in_one_of_them(tmp_path: Path) -> None:
+    long = b"x" * 300_000
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"first\n" + long + b"\nlast\n")
+    (file,) = list_source(str(path), MemoryStore())
+    slices = [read_lines(Slice(file=file, number=number, of=6), MemoryStore()) for number in range(6)]
+    assert slices == [b"first\n" + long + b"\n", b"", b"", b"", b"", b"last\n"]

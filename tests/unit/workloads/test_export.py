@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from orchestrator.checkpoint.export import ExportedFile, export_to_store, plan_files
-from orchestrator.checkpoint.reader import CheckpointReader
+from orchestrator.checkpoint.sources import open_weights
 from orchestrator.errors import AttemptFailed, SpecError
 from orchestrator.spec import RunSpec, parse
 from orchestrator.starter import STARTER
@@ -33,11 +33,11 @@ def test_weights_beyond_fp16_fail_the_attempt_and_not_the_run(memory_store: Memo
     values["bias"]["fp32"][1] = 1e6
     group = new_group(memory_store)
     save(memory_store, group, 4, values=values)
-    reader = CheckpointReader(memory_store, *manifest_at(memory_store, 4))
+    weights = open_weights(memory_store, *manifest_at(memory_store, 4))
 
     def write_all(jobs: Sequence[FileJob]) -> list[ExportedFile]:
-        files = plan_files(reader.manifest, dtype=jobs[0].dtype, max_shard_bytes=jobs[0].max_shard_bytes)
-        return [export_to_store(reader, file, memory_store, jobs[0].prefix) for file in files]
+        files = plan_files(weights.manifest, dtype=jobs[0].dtype, max_shard_bytes=jobs[0].max_shard_bytes)
+        return [export_to_store(weights, file, memory_store, jobs[0].prefix) for file in files]
 
     spec = starter_spec(export={"dtype": "fp16"}, release=None)
     with pytest.raises(AttemptFailed, match=r"bias holds 1e\+06") as caught:

@@ -1,0 +1,1 @@
+"""Pretrained models: their files copied once into the store, verified, and read by range."""

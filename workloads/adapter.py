@@ -1,0 +1,57 @@
+"""Models that were exported as an adapter alone: the pretrained weights that they need, and both as one model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from orchestrator.checkpoint.adapter import ADAPTER_CONFIG, BaseReference
+from orchestrator.checkpoint.base import open_base
+from orchestrator.release.versions import VersionFile, download_files, matches
+from orchestrator.store import Store
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether an exported model's directory holds an adapter alone."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def load_adapted(directory: Path, base: Path, auto_class: str, *, dtype: str = "float32", **options: Any) -> nn.Module:
+    """The pretrained model of ``base`` with the adapter of ``directory`` merged into its weights.
+
+    Args:
+        auto_class: the transformers class that loads it.
+        options: further ones of its ``from_pretrained``, such as ``num_labels``.
+    """
+    import peft
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = getattr(transformers, auto_class).from_pretrained(base, use_safetensors=True, dtype=dtype, **options)
+    adapted = peft.PeftModel.from_pretrained(model, str(directory))
+    merged: nn.Module = adapted.merge_and_unload()  # type: ignore[operator]
+    return merged
+
+
+def download_base(store: Store, reference: BaseReference, cache_directory: Path) -> Path:
+    """The pretrained model that an adapter needs as a whole Hugging Face directory on this node.
+
+    What is there already is verified, and fetched again where it does not match.
+
+    Raises:
+        IntegrityError: it is gone from the store, another, or damaged. EnvironmentUnusable: the disk is full.
+    """
+    manifest = open_base(store, reference).manifest
+    files = {
+        name: VersionFile(size_bytes=file.size_bytes, sha256=file.sha256)
+        for part in (manifest.files, manifest.weights)
+        for name, file in part.items()
+    }
+    directory = cache_directory / "bases" / f"{manifest.fingerprint}-{manifest.digest[:16]}-whole"
+    if not matches(directory, files):
+        shutil.rmtree(directory, ignore_errors=True)
+        download_files(store, manifest.prefix, files, directory)
+    return directory
