@@ -174,6 +174,7 @@ def plan(
             micro_rows=batch.micro_rows,
             sequence_length=sequence_length,
             gpu=gpu,
+            activation_checkpointing=train.activation_checkpointing,
             device_limit_bytes=capacity.device_memory_bytes,
             host_limit_bytes=None if host_bytes is None else host_bytes // num_workers,
         )

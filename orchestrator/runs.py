@@ -42,7 +42,7 @@ def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentit
     code = code_digest(working_directory) if spec.user_code else ""
     if spec.data.train is not None:
         files = tuple(list_source(spec.data.train, store))
-        fingerprint = source_fingerprint(spec.data, list(files))
+        fingerprint = source_fingerprint(spec.data, list(files), base.tokenizer_fingerprint if base is not None else "")
         dataset = None
     else:
         files, dataset = (), find_dataset(store, spec.data.dataset or "")

@@ -63,7 +63,7 @@ def save_model(directory: Path, *, seed: int, with_end: bool = False) -> Path:
     return directory
 
 
-def release_version(store: Store, model: str, directory: Path) -> Version:
+def release_version(store: Store, model: str, directory: Path, *, task: str = "causal-lm") -> Version:
     """Publish a directory as the next version, the way that the pipeline does."""
     number = claim_version(store, model, facts={"run_id": "tiny-00000000", "attempt": 1})
     files = {}
@@ -71,16 +71,18 @@ def release_version(store: Store, model: str, directory: Path) -> Version:
         data = path.read_bytes()
         store.upload(layout.version(model, number) + path.name, path)
         files[path.name] = VersionFile(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    version = make_version(model=model, number=number, files=files)
+    version = make_version(model=model, number=number, files=files, task=task)
     publish(store, version)
     return version
 
 
-def make_version(*, model: str = "code-lm", number: int = 1, files: dict[str, VersionFile]) -> Version:
+def make_version(
+    *, model: str = "code-lm", number: int = 1, files: dict[str, VersionFile], task: str = "causal-lm"
+) -> Version:
     return Version(
         model=model,
         number=number,
-        task="causal-lm",
+        task=task,
         run_id="tiny-00000000",
         attempt=1,
         checkpoint=CheckpointSource(uri="s3://bucket/runs/tiny-00000000/checkpoints/step-00000100", step=100),

@@ -24,7 +24,9 @@ from orchestrator.spec import RunSpec
 from orchestrator.store import Attempt, Store, layout
 from orchestrator.store.attempts import ensure_newest
 from workloads.export_file import FileJob
+from workloads.pretrained_model import adapter_config
 from workloads.tasks import Task, task_of
+from workloads.tasks.base_context import base_context
 
 
 class Export(BaseModel):
@@ -150,8 +152,6 @@ def save_assets(store: Store, run_id: str, directory: Path, *, dtype: str, form:
             f"{store.uri_of(layout.run_spec(run_id))} is not a run file of this version of Headway.",
             next_step="Use the version that trained the run.",
         ) from e
-    from workloads.tasks.base_context import base_context
-
     dataset = _dataset_of(store, spec, fingerprint)
     with tempfile.TemporaryDirectory(prefix="headway-assets-") as scratch:
         assets = Path(scratch) / "model"
@@ -185,13 +185,12 @@ def _upload_assets(
 
 
 def _write_assets(spec: RunSpec, task: Task, directory: Path, *, tokenizer: Path, dtype: str, form: Form) -> None:
-    """All but the weights. An adapter has peft's config in place of the model's, which it finds with the base."""
+    """All but the weights. An adapter has peft's config beside the model's, which says what the classes are."""
     if form == "merged":
         task.save_assets(directory, tokenizer=tokenizer, dtype=dtype)
         return
-    from workloads.pretrained_model import adapter_config
-
     adapter_config(task, base_name=str(spec.model.pretrained)).save_pretrained(directory)
+    task.save_config(directory, dtype=dtype)
     task.save_tokenizer(directory, tokenizer=tokenizer)
 
 

@@ -222,20 +222,21 @@ def _standing(store: Store, fingerprint: str) -> BaseManifest | None:
         return None
 
 
-def _discard(store: Store, prefix: str) -> None:
-    """Delete what lies under a folder's prefix, its unfinished uploads too; what cannot be deleted is left."""
+def _discard(store: Store, prefix: str, *, keep: tuple[str, ...] = ()) -> None:
+    """Delete what lies under a prefix, unfinished uploads too, but for keys that begin with one of ``keep``.
+
+    What cannot be deleted is left: whoever makes this base later tries again.
+    """
     try:
-        store.delete([item.key for item in store.list(prefix)])
+        store.delete([item.key for item in store.list(prefix) if not item.key.startswith(keep)])
         for upload in store.unfinished_uploads(prefix):
-            store.abort_upload(upload)
+            if not upload.key.startswith(keep):
+                store.abort_upload(upload)
     except StoreError as e:
         logger.warning("What was copied to %s is left there: %s", store.uri_of(prefix), e)
 
 
 def _discard_others(store: Store, made: BaseManifest) -> None:
     """Delete what others copied for this base. Whoever still copies cannot commit it any more."""
-    with contextlib.suppress(StoreError):
-        for nonce in list(store.list_folders(layout.base(made.fingerprint))):
-            prefix = f"{layout.base(made.fingerprint)}{nonce}/"
-            if prefix != made.prefix:
-                _discard(store, prefix)
+    keep = (layout.base_manifest(made.fingerprint), made.prefix)
+    _discard(store, layout.base(made.fingerprint), keep=keep)

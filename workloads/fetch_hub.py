@@ -95,7 +95,7 @@ def _named(uri: str) -> Iterator[None]:
             f"model.pretrained: {constants.ENDPOINT} has no such commit or file: {uri}.",
             next_step="Take the commit from the model's page: Files, History.",
         ) from e
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
+    except (errors.HTTPError, OSError) as e:  # the first is of the HTTP client that the library uses
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise EnvironmentUnusable(
             f"model.pretrained: {uri} cannot be fetched from {constants.ENDPOINT}: {reason[0]}",

@@ -32,29 +32,30 @@ def build(task: Task) -> nn.Module:
     are initialised from torch's seed, the same on every rank.
 
     Raises:
-        SpecError: the base lacks tensors of the model, or ``model.lora.target_modules`` names modules that it has not.
+        SpecError: as :func:`check`.
     """
-    base = task.context.base
-    assert base is not None
-    # The adapters start alike whatever was drawn while the model was built.
-    drawn = torch.get_rng_state()
+    drawn = torch.get_rng_state()  # the adapters start alike whatever is drawn while the model is built
     model = _skeleton(task)
+    lacking = _lacking(model, task)
     _allocate(model)
-    lacking = [name for name, _, found in _lookup(model, base.manifest) if found is None]
-    refused = [name for name in lacking if not task.may_be_new(model, name)]
-    if refused:
-        raise SpecError(
-            f"model.pretrained: {base.manifest.uri} does not hold {_some(refused)} in the shape that "
-            f"{type(model).__name__} needs.",
-            next_step="Name a directory that this version of transformers' save_pretrained wrote. Models whose weights "
-            "it regroups while loading (mixtures of experts) are not supported.",
-        )
     torch.set_rng_state(drawn)
     _initialise(model, lacking)
     if task.context.lora is None:
         return model
     torch.set_rng_state(drawn)
     return _with_lora(model, task.context.lora, task)
+
+
+def check(task: Task) -> None:
+    """Find out whether :func:`build` would succeed, in little memory and time.
+
+    Raises:
+        SpecError: the base lacks tensors of the model, or ``model.lora.target_modules`` names modules that it has not.
+    """
+    model = _skeleton(task)
+    _lacking(model, task)
+    if task.context.lora is not None:
+        _require_targets(model, task.context.lora)
 
 
 def origin_of(model: nn.Module, manifest: BaseManifest) -> Origin:
@@ -100,6 +101,26 @@ def _skeleton(task: Task) -> nn.Module:
             task.model_config(), dtype="float32", **task.remote_code
         )
     return model
+
+
+def _lacking(model: nn.Module, task: Task) -> list[str]:
+    """Parameters that the base does not hold, all of which the task lets start from random numbers.
+
+    Raises:
+        SpecError: there are others.
+    """
+    base = task.context.base
+    assert base is not None
+    lacking = [name for name, _, found in _lookup(model, base.manifest) if found is None]
+    refused = [name for name in lacking if not task.may_be_new(model, name)]
+    if refused:
+        raise SpecError(
+            f"model.pretrained: {base.manifest.uri} does not hold {_some(refused)} in the shape that "
+            f"{type(model).__name__} needs.",
+            next_step="Name a directory that this version of transformers' save_pretrained wrote. Models whose weights "
+            "it regroups while loading (mixtures of experts) are not supported.",
+        )
+    return lacking
 
 
 def _allocate(model: nn.Module) -> None:

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import distributed as dist
 
 from orchestrator.checkpoint.agreement import tell_all
+from orchestrator.checkpoint.base import Origin
 from orchestrator.checkpoint.format import State
-from orchestrator.checkpoint.resume import load_weights, resume_newest
+from orchestrator.checkpoint.resume import load_base, load_weights, resume_newest
 from orchestrator.checkpoint.save import CheckpointWriter, writing
 from orchestrator.dataset.format import read_manifest
 from orchestrator.errors import Fenced, RunError
@@ -28,8 +29,10 @@ from workloads.feed import open_feed
 from workloads.in_run_evaluation import open_evaluation
 from workloads.loop import End, Loop, NotFinite
 from workloads.observer import observed, preempted_nodes
+from workloads.pretrained_model import origin_of
 from workloads.pulse import Link, RayLink, beating
 from workloads.tasks import task_of
+from workloads.tasks.base_context import base_context
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,8 @@ def train(
     spec, store, attempt = job.spec, open_store(job.store), job.attempt_claim()
     require_ours(store, attempt, rank=rank)
     manifest = read_manifest(store, *job.dataset)
-    task = task_of(spec, manifest)
+    base = base_context(spec, store, job.base)
+    task = task_of(spec, manifest, base)
     split = split_batch(spec.train.global_batch_size, world_size, spec.train.micro_batch_size)
     batches = open_feed(spec, store, manifest, task, split, rank=rank, device=device)
     torch.manual_seed(spec.train.seed)
@@ -87,11 +91,13 @@ def train(
     model = task.build_model()
     if spec.train.activation_checkpointing:
         checkpoint_activations(model)
-    engine = Engine(model, train=spec.train, split=split, precision=precision, device=device)
+    origin = origin_of(model, base.manifest) if base is not None else None
+    unfilled = origin.tensors if origin is not None else ()
+    engine = Engine(model, train=spec.train, split=split, precision=precision, device=device, unfilled=unfilled)
     del model
     evaluation = open_evaluation(spec, store, manifest, task, split, rank=rank, engine=engine)
     group = _claim_group(store, attempt, rank=rank)
-    resumed = _load(spec, store, job.run_id, engine, rank=rank)
+    resumed = _load(spec, store, job.run_id, engine, origin, rank=rank)
     writer = CheckpointWriter(
         store,
         group,
@@ -100,6 +106,7 @@ def train(
         rank=rank,
         world_size=world_size,
         keep=spec.checkpoint.keep,
+        origin=origin,
     )
     try:
         with (
@@ -173,13 +180,18 @@ def _claim_group(store: Store, attempt: Attempt, *, rank: int) -> WorkerGroup:
     return WorkerGroup(attempt=attempt, number=int(number), nonce=nonce)
 
 
-def _load(spec: RunSpec, store: Store, run_id: str, engine: Engine, *, rank: int) -> State | None:
-    """Go on from the newest checkpoint, whose scalars are returned, or start from another run's weights, or random."""
+def _load(
+    spec: RunSpec, store: Store, run_id: str, engine: Engine, origin: Origin | None, *, rank: int
+) -> State | None:
+    """Go on from the newest checkpoint, whose scalars are returned, or start from pretrained weights, or another run's,
+    or random ones."""
     resumed = resume_newest(store, run_id, engine.state, engine.model, rank=rank)
     if resumed is not None:
         return resumed.manifest.state
     if spec.model.init_from is not None:
         load_weights(store, *spec.model.init_from_checkpoint(), engine.state, engine.model, rank=rank)
+    if origin is not None:
+        load_base(store, origin, engine.state, engine.model)
     return None
 
 

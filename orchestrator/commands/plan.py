@@ -27,8 +27,8 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
         cluster, store = find_target(target, store_uri), find_store(store_uri)
         request = build_request(spec, run_file, store, cluster, directory=Path.cwd())
         return request.request.body(), ""
-    store = _store_if_set(store_uri)
-    sizing = _size(spec, store)
+    found, note = _store_if_set(store_uri)
+    sizing = _size(spec, found)
     planned = make_plan(
         train=spec.train,
         resources=spec.resources,
@@ -37,7 +37,7 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
         size=sizing.size,
         size_note=sizing.reason,
     )
-    identity = _run_id(spec, store)
+    identity = _run_id(spec, found) if found is not None else {"note": note}
     facts = {"run_id": identity.get("run_id"), "target": target, **planned.to_json()}
     return facts, _table([("run", identity.get("run_id") or identity["note"]), *planned.lines()])
 
@@ -77,16 +77,18 @@ def _size(spec: RunSpec, store: Store | None) -> Sizing:
     )
 
 
-def _store_if_set(store_uri: str | None) -> Store | None:
+def _store_if_set(store_uri: str | None) -> tuple[Store | None, str]:
+    """The store, or why there is none."""
     if not store_uri and not os.environ.get(STORE_VARIABLE) and find_stack() is None:
-        return None
-    return find_store(store_uri)
+        return None, "its id follows from the data; no store is set (--store, HEADWAY_STORE, or headway up)"
+    try:
+        return find_store(store_uri), ""
+    except HeadwayError as e:
+        return None, f"its id follows from the data, which cannot be listed: {e.message}"
 
 
-def _run_id(spec: RunSpec, store: Store | None) -> dict[str, str]:
-    """The run's id where a store can tell it, else why not."""
-    if store is None:
-        return {"note": "its id follows from the data; no store is set (--store, HEADWAY_STORE, or headway up)"}
+def _run_id(spec: RunSpec, store: Store) -> dict[str, str]:
+    """The run's id where the store can tell it, else why not."""
     from orchestrator.runs import identify
 
     try:

@@ -40,6 +40,7 @@ from workloads.adapter import download_base, is_adapter, load_adapted
 from workloads.engine import build_cpu_op
 from workloads.export import Export, export
 from workloads.export_file import one_by_one
+from workloads.pretrained_model import check
 from workloads.tasks import task_of
 from workloads.tasks.base_context import base_context
 
@@ -207,15 +208,14 @@ def test_a_full_fine_tune_is_exported_as_any_model(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_no_rank_holds_a_whole_parameter_while_it_loads(
-    store: Store, ranks: dict[int, Ranks], tmp_path: Path, lora: dict[str, Any] | None
+def test_no_rank_holds_a_whole_frozen_parameter_while_it_loads(
+    store: Store, ranks: dict[int, Ranks], tmp_path: Path
 ) -> None:
     """The embedding is nearly all of this model: whole, it alone would be half of it above a rank's share."""
     make_dataset(store)
     directory = save_base(tmp_path / "wide", vocab_size=700_000, hidden_size=64, head_dim=16)
     base = fetch(store, directory)
-    job, _ = make_job(store, finetuning(directory, lora=lora), "wide", base, total_steps=1)
+    job, _ = make_job(store, finetuning(directory), "wide", base, total_steps=1)
     for excess, num_bytes in ranks[2].run(loading_excess, job):
         assert excess <= 0.2 * num_bytes
 
@@ -226,10 +226,12 @@ def test_no_rank_holds_a_whole_parameter_while_it_loads(
 def test_targets_that_match_nothing_are_answered_with_those_there_are(
     store: Store, ranks: dict[int, Ranks], llama: Path
 ) -> None:
-    make_dataset(store)
+    dataset, base = make_dataset(store), fetch(store, llama)
     spec = finetuning(llama, lora={"target_modules": ["q_proj", "query"]})
     with pytest.raises(SpecError, match=r"target_modules: query is no module of LlamaForCausalLM.*gate_proj"):
-        tuned(ranks[1], store, spec, "no-such", fetch(store, llama), steps=2)
+        tuned(ranks[1], store, spec, "no-such", base, steps=2)
+    with pytest.raises(SpecError, match="query is no module"):  # the same before anything is started
+        check(task_of(spec, dataset, base_context(spec, store, base.fingerprint)))
 
 
 @pytest.mark.parametrize(
@@ -249,12 +251,15 @@ def test_targets_that_no_adapter_fits_are_refused(
 def test_a_base_that_lacks_weights_of_the_model_is_refused(
     store: Store, ranks: dict[int, Ranks], tmp_path: Path
 ) -> None:
-    make_dataset(store)
+    dataset = make_dataset(store)
     directory = save_base(tmp_path / "lacking")
     config = directory / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    base, spec = fetch(store, directory), finetuning(directory)
     with pytest.raises(SpecError, match=r"does not hold model\.layers\.2\."):
-        tuned(ranks[1], store, finetuning(directory), "lacking", fetch(store, directory), steps=2)
+        tuned(ranks[1], store, spec, "lacking", base, steps=2)
+    with pytest.raises(SpecError, match=r"does not hold model\.layers\.2\."):
+        check(task_of(spec, dataset, base_context(spec, store, base.fingerprint)))
 
 
 def test_a_base_that_is_gone_is_one_clear_error(store: Store, ranks: dict[int, Ranks], llama: Path) -> None:

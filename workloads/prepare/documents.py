@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.dataset.source import Slice, SourceFile, read_lines, read_source
 from orchestrator.spec import DataSpec
 from orchestrator.store import Store
-from workloads.prepare.parts import is_parquet
+from workloads.prepare.parts import PartJob, Tally, is_parquet
 from workloads.prepare.records import Unusable
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,23 @@ def read_records(
                 yield part.file, None
             else:
                 yield part.file, iter(enumerate(rows, start=1))
+
+
+def job_records(job: PartJob, store: Store, tally: Tally, fields: list[str]) -> Iterator[tuple[SourceFile, int, Any]]:
+    """A part's records as (file, line, record), in their order. What cannot be read is counted instead."""
+    for file, records in read_records(job.data, job.slices, store, fields=fields):
+        if records is None:
+            tally.unreadable.append(file.path)
+            continue
+        for line, record in records:
+            tally.lines[file.path] += 1
+            if record is None:
+                continue
+            tally.num_records += 1
+            if isinstance(record, Unusable):
+                tally.skip(file, line, record.reason)
+            else:
+                yield file, line, record
 
 
 def _json_lines(content: bytes) -> Iterator[tuple[int, Any]]:

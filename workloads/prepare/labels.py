@@ -13,8 +13,18 @@ from orchestrator.dataset.rows import labelled_row
 from orchestrator.dataset.source import SourceFile
 from orchestrator.errors import RunError
 from orchestrator.store import Store
-from workloads.prepare.documents import read_records
-from workloads.prepare.parts import SPLITS, Part, PartJob, SplitName, SplitPart, Tally, frequencies, upload_shard
+from workloads.prepare.documents import job_records
+from workloads.prepare.parts import (
+    SPLITS,
+    Part,
+    PartJob,
+    SplitName,
+    SplitPart,
+    Tally,
+    batched,
+    frequencies,
+    upload_shard,
+)
 from workloads.prepare.records import LabelledText, Unusable, labelled_of
 from workloads.prepare.vocabulary import load_backend
 
@@ -89,7 +99,7 @@ def labels_part(job: PartJob, store: Store) -> Part:
     num_bytes: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
     files: dict[SplitName, dict[str, None]] = {split: {} for split in SPLITS}
     numbers = {name: number for number, name in enumerate(job.classes)}
-    for batch in _batches(_texts(job, store, tally)):
+    for batch in batched(_texts(job, store, tally), _BATCH):
         encodings = backend.encode_batch([found.text for _, _, found in batch])
         for (file, line, found), encoding in zip(batch, encodings, strict=True):
             split = job.split_of(file, found.text)
@@ -107,24 +117,13 @@ def labels_part(job: PartJob, store: Store) -> Part:
 
 def _texts(job: PartJob, store: Store, tally: Tally) -> Iterator[Sample]:
     """The part's labelled texts in their order; what is none is counted."""
-    fields = [job.data.text_field, job.data.label_field or ""]
-    for file, records in read_records(job.data, job.slices, store, fields=fields):
-        if records is None:
-            tally.unreadable.append(file.path)
-            continue
-        for line, record in records:
-            tally.lines[file.path] += 1
-            if record is None:
-                continue
-            tally.num_records += 1
-            try:
-                if isinstance(record, Unusable):
-                    raise record
-                found = labelled_of(record, job.data)
-            except Unusable as e:
-                tally.skip(file, line, e.reason)
-            else:
-                yield file, line, found
+    for file, line, record in job_records(job, store, tally, [job.data.text_field, job.data.label_field or ""]):
+        try:
+            found = labelled_of(record, job.data)
+        except Unusable as e:
+            tally.skip(file, line, e.reason)
+        else:
+            yield file, line, found
 
 
 def _is_kept(job: PartJob, file: SourceFile, line: int, split: SplitName, encoding: Any, tally: Tally) -> bool:
@@ -157,17 +156,6 @@ def _split_part(
         files=files,
         frequencies=frequencies(labels),
     )
-
-
-def _batches(texts: Iterator[Sample]) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
-    for one in texts:
-        batch.append(one)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _some(names: Sequence[str]) -> str:

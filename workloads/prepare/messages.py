@@ -17,8 +17,18 @@ from orchestrator.dataset.tokenizer import fetch_tokenizer_files
 from orchestrator.spec import canonical_json
 from orchestrator.store import Store
 from workloads.prepare.chat import ChatTemplate, Rendered, target_mask
-from workloads.prepare.documents import read_records
-from workloads.prepare.parts import SPLITS, Part, PartJob, SplitName, SplitPart, Tally, frequencies, upload_shard
+from workloads.prepare.documents import job_records
+from workloads.prepare.parts import (
+    SPLITS,
+    Part,
+    PartJob,
+    SplitName,
+    SplitPart,
+    Tally,
+    batched,
+    frequencies,
+    upload_shard,
+)
 from workloads.prepare.records import Unusable, conversation_of
 from workloads.prepare.vocabulary import load_tokenizer, whole
 
@@ -53,7 +63,7 @@ def messages_part(job: PartJob, store: Store) -> Part:
     tally = Tally()
     kept: dict[SplitName, list[Encoded]] = {split: [] for split in SPLITS}
     files: dict[SplitName, dict[str, None]] = {split: {} for split in SPLITS}
-    for batch in _batches(_conversations(job, store, ChatTemplate(tokenizer), tally)):
+    for batch in batched(_conversations(job, store, ChatTemplate(tokenizer), tally), _BATCH):
         encodings = backend.encode_batch([one.rendered.text for one in batch], add_special_tokens=False)
         for one, encoding in zip(batch, encodings, strict=True):
             encoded = _fit(job, one, encoding, tally)
@@ -78,26 +88,16 @@ def encode(rendered: Rendered, encoding: Any, *, row_tokens: int) -> Encoded:
 
 def _conversations(job: PartJob, store: Store, template: ChatTemplate, tally: Tally) -> Iterator[_Waiting]:
     """The part's conversations, rendered, in their order; what gives none is counted."""
-    for file, records in read_records(job.data, job.slices, store, fields=FIELDS):
-        if records is None:
-            tally.unreadable.append(file.path)
-            continue
-        for line, record in records:
-            tally.lines[file.path] += 1
-            if record is None:
-                continue
-            tally.num_records += 1
-            split: SplitName | None = None
-            try:
-                if isinstance(record, Unusable):
-                    raise record
-                conversation = conversation_of(record)
-                split = job.split_of(file, canonical_json(conversation).decode())
-                rendered = template.render(conversation)
-            except Unusable as e:
-                tally.skip(file, line, e.reason, split=split)
-            else:
-                yield _Waiting(file=file, line=line, split=split, rendered=rendered)
+    for file, line, record in job_records(job, store, tally, FIELDS):
+        split: SplitName | None = None
+        try:
+            conversation = conversation_of(record)
+            split = job.split_of(file, canonical_json(conversation).decode())
+            rendered = template.render(conversation)
+        except Unusable as e:
+            tally.skip(file, line, e.reason, split=split)
+        else:
+            yield _Waiting(file=file, line=line, split=split, rendered=rendered)
 
 
 def _fit(job: PartJob, one: _Waiting, encoding: Any, tally: Tally) -> Encoded | None:
@@ -142,14 +142,3 @@ def _split_part(
         files=files,
         frequencies=frequencies(targets),
     )
-
-
-def _batches(conversations: Iterator[_Waiting]) -> Iterator[list[_Waiting]]:
-    batch: list[_Waiting] = []
-    for one in conversations:
-        batch.append(one)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ class _Sized(Protocol):
 
 
 Piece = TypeVar("Piece", bound=_Sized)
+Item = TypeVar("Item")
 
 
 class _Frozen(BaseModel):
@@ -152,6 +154,13 @@ def slices_of(files: list[SourceFile], data: DataSpec) -> list[Slice]:
 
 def is_parquet(file: SourceFile, data: DataSpec) -> bool:
     return data.format == "parquet" or (data.format == "messages" and file.path.endswith(".parquet"))
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in order, so many at a time."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def upload_shard(store: Store, prefix: str, file: str, entries: npt.NDArray[Any]) -> Shard | None:

@@ -23,9 +23,17 @@ from starlette.routing import Route
 
 from orchestrator.errors import UsageError
 from orchestrator.release.channels import ChannelStatus
+from orchestrator.release.versions import Version
 from orchestrator.store import open_store
-from workloads.serve import completions, openai_api
-from workloads.serve.engine import EngineSettings, TransformersEngine
+from workloads.adapter import download_base
+from workloads.serve import http, openai_api
+from workloads.serve.admission import EngineSettings
+from workloads.serve.chat import complete_chat
+from workloads.serve.classifier import Classifier
+from workloads.serve.classify import classify
+from workloads.serve.completions import complete
+from workloads.serve.engine import Engine
+from workloads.serve.engines import load_engine
 from workloads.serve.follow import Follower, Loaded
 from workloads.serve.openai_api import ApiError
 
@@ -72,13 +80,13 @@ class _Replica:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = ServeSettings.model_validate(settings)
-        engine_settings = self.settings.engine_settings()
+        self._store = open_store(self.settings.store)
         self.follower = Follower(
-            store=open_store(self.settings.store),
+            store=self._store,
             model=self.settings.model,
             channel=self.settings.channel,
             cache_directory=cache_directory(),
-            load=lambda directory: TransformersEngine.load(directory, engine_settings),
+            load=self._load,
             writes_status=serve.get_replica_context().rank.rank == 0,
         )
         self.follower.step()  # so that a replica that takes requests has a version where there is one
@@ -91,6 +99,11 @@ class _Replica:
             daemon=True,
         )
         self._thread.start()
+
+    def _load(self, version: Version, directory: Path) -> Engine | Classifier:
+        reference = getattr(version, "base", None)  # of a version that is an adapter alone
+        base = None if reference is None else download_base(self._store, reference, cache_directory().parent)
+        return load_engine(version, directory, self.settings.engine_settings(), base=base)
 
     def __del__(self) -> None:
         self._stop.set()
@@ -119,12 +132,18 @@ def _replica() -> _Replica:
 
 
 async def _completions(request: Request) -> Response:
-    body = await completions.read_body(request)
-    return await completions.complete(body, _replica().loaded())
+    body = await http.read_body(request)
+    return await complete(body, _replica().loaded())
 
 
 async def _chat_completions(request: Request) -> Response:
-    raise ApiError(400, "Chat is not served for this model; use /v1/completions.", code="unsupported")
+    body = await http.read_body(request)
+    return await complete_chat(body, _replica().loaded())
+
+
+async def _classify(request: Request) -> Response:
+    body = await http.read_body(request)
+    return await classify(body, _replica().loaded())
 
 
 async def _models(request: Request) -> Response:
@@ -156,19 +175,20 @@ async def _healthz(request: Request) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return completions.error_response(error)
+    return http.error_response(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail}."
-    return completions.error_response(ApiError(error.status_code, message, code="unknown_url"))
+    return http.error_response(ApiError(error.status_code, message, code="unknown_url"))
 
 
 api = Starlette(
     routes=[
         Route("/v1/completions", _completions, methods=["POST"]),
         Route("/v1/chat/completions", _chat_completions, methods=["POST"]),
+        Route("/v1/classify", _classify, methods=["POST"]),
         Route("/v1/models", _models),
         Route("/v1/models/{model}", _model),
         Route("/healthz", _healthz),

@@ -14,7 +14,9 @@ from orchestrator.release import channels
 from orchestrator.release.channels import ChannelEntry, ChannelStatus
 from orchestrator.release.versions import Version, download_version, read_version
 from orchestrator.store import Store
+from workloads.serve.classifier import Classifier
 from workloads.serve.engine import Engine
+from workloads.serve.openai_api import ApiError
 
 logger = logging.getLogger("headway.serve")
 
@@ -26,7 +28,29 @@ class Loaded:
     """A version that answers."""
 
     version: Version
-    engine: Engine
+    engine: Engine | Classifier
+
+    def generator(self) -> Engine:
+        """
+        Raises:
+            ApiError: 400, this version gives classes.
+        """
+        if not isinstance(self.engine, Classifier):
+            return self.engine
+        raise ApiError(
+            400, f"{self.version.model} classifies texts and generates none; use /v1/classify.", code="unsupported"
+        )
+
+    def classifier(self) -> Classifier:
+        """
+        Raises:
+            ApiError: 400, this version generates text.
+        """
+        if isinstance(self.engine, Classifier):
+            return self.engine
+        raise ApiError(
+            400, f"{self.version.model} generates text and gives no classes; use /v1/completions.", code="unsupported"
+        )
 
 
 @dataclass(kw_only=True)
@@ -42,8 +66,8 @@ class Follower:
     model: str
     channel: str
     cache_directory: Path
-    load: Callable[[Path], Engine]
-    """Raises where the directory does not hold a model that answers."""
+    load: Callable[[Version, Path], Engine | Classifier]
+    """The version whose files the directory holds. Raises where they are no model that answers."""
     writes_status: bool = True
     """False on all replicas but one: a status has one writer."""
     clock: Callable[[], float] = time.time
@@ -115,7 +139,7 @@ class Follower:
         try:
             version = read_version(self.store, self.model, number)
             directory = download_version(self.store, version, self.cache_directory)
-            engine = self.load(directory)
+            engine = self.load(version, directory)
         except Exception as e:  # whatever a foreign file makes transformers raise
             if isinstance(e, EnvironmentUnusable) and not isinstance(e, NotFound):
                 raise

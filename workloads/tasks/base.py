@@ -180,10 +180,19 @@ class Task(ABC):
             split: its size, for figures such as bits per byte.
         """
 
-    def load_model(self, directory: Path) -> nn.Module:
-        """An exported model, in fp32."""
+    def load_model(self, directory: Path, base: Path | None = None) -> nn.Module:
+        """An exported model, in fp32.
+
+        Args:
+            base: the pretrained model's directory, where ``directory`` holds an adapter alone.
+        """
         import transformers
 
+        if base is not None:
+            from workloads.adapter import load_adapted
+
+            options: dict[str, Any] = {"config": self.model_config(), **self.remote_code}
+            return load_adapted(directory, base, self.auto_class, **options)
         transformers.utils.logging.disable_progress_bar()
         model: nn.Module = getattr(transformers, self.auto_class).from_pretrained(
             directory, use_safetensors=True, dtype="float32", **self.remote_code

@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.errors import SpecError
 
 MODEL_TYPES = frozenset((
-    "apertus", "arcee", "bitnet", "codegen", "cohere", "cohere2", "diffllama", "ernie4_5", "exaone4", "gemma",
+    "apertus", "arcee", "bitnet", "cohere", "cohere2", "diffllama", "ernie4_5", "exaone4", "gemma",
     "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite",
     "granitemoe", "helium", "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "mixtral",
     "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2",

@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import pytest
 from starlette.responses import Response, StreamingResponse
 
-from orchestrator.release.versions import VersionFile
 from tests.tiny_model import make_version
+from tests.unit.serve.scripted import FILES, ScriptedEngine, ask, events
 from workloads.serve.completions import complete
-from workloads.serve.engine import Generation, NonFiniteLogits, Overloaded, Piece
 from workloads.serve.follow import Loaded
+from workloads.serve.loading import NonFiniteLogits
 from workloads.serve.openai_api import ApiError
-
-FILES = {"config.json": VersionFile(size_bytes=0, sha256="0" * 64)}
-
-
-class ScriptedEngine:
-    """Generates the words of a text, then raises where the script says so."""
-
-    context_tokens, vocab_size = 100, 256
-
-    def __init__(self, *words: str, error: Exception | None = None, full: bool = False) -> None:
-        self._words, self._error, self._full = words, error, full
-        self.num_sequences = 0
-        self.num_ended = 0
-        self.stall = False
-
-    @contextlib.contextmanager
-    def admit(self, num_sequences: int) -> Iterator[None]:
-        if self._full:
-            raise Overloaded("full")
-        self.num_sequences += num_sequences
-        try:
-            yield
-        finally:
-            self.num_sequences -= num_sequences
-
-    async def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    async def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode()
-
-    async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
-        try:
-            for count, word in enumerate(self._words, start=1):
-                last = count == len(self._words) and self._error is None
-                yield Piece(text=word, num_tokens=count, finish_reason="stop" if last else None)
-                await asyncio.sleep(0)
-            if self.stall:
-                await asyncio.Event().wait()
-            if self._error is not None:
-                raise self._error
-        finally:
-            self.num_ended += 1
 
 
 def answer(engine: ScriptedEngine, **fields: Any) -> tuple[Response, bytes]:
-    async def run() -> tuple[Response, bytes]:
-        body = json.dumps({"model": "code-lm", "prompt": "ab", **fields}).encode()
-        response = await complete(body, Loaded(version=make_version(number=3, files=FILES), engine=engine))
-        if isinstance(response, StreamingResponse):
-            return response, b"".join([bytes(part) async for part in response.body_iterator])
-        return response, bytes(response.body)
-
-    found = asyncio.run(run())
-    assert engine.num_sequences == 0
-    return found
-
-
-def events(body: bytes) -> list[Any]:
-    lines = body.decode().split("\n\n")
-    assert lines.pop() == ""
-    return [line.removeprefix("data: ") if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+    return ask(complete, engine, {"prompt": "ab", **fields})
 
 
 def test_a_whole_answer() -> None:

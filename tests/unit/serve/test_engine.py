@@ -16,15 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import IntegrityError
 from tests.tiny_model import CONTEXT_TOKENS, save_model
-from workloads.serve.engine import (
-    EngineSettings,
-    Generation,
-    NonFiniteLogits,
-    Overloaded,
-    Piece,
-    TransformersEngine,
-    nucleus,
-)
+from workloads.serve.admission import EngineSettings, Overloaded
+from workloads.serve.decoding import nucleus
+from workloads.serve.engine import Generation, Piece
+from workloads.serve.loading import NonFiniteLogits
+from workloads.serve.transformers_engine import TransformersEngine
 
 SETTINGS = EngineSettings(max_concurrent=2, max_queued=2, num_threads=1)
 

@@ -21,7 +21,7 @@ class Loader:
         self.loads: list[str] = []
         self.fail: dict[str, Exception] = {}
 
-    def __call__(self, directory: Path) -> Any:
+    def __call__(self, version: Version, directory: Path) -> Any:
         content = (directory / "config.json").read_text()
         self.loads.append(content)
         if content in self.fail:

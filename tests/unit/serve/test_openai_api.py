@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workloads.serve.openai_api import ApiError, CompletionRequest, generations, parse_completion
+from workloads.serve.completion_api import CompletionRequest, generations, parse_completion
+from workloads.serve.openai_api import ApiError
 
 
 def parse(**fields: Any) -> CompletionRequest:

@@ -1,0 +1,151 @@
+"""Preparing through Ray Data against a real S3 server: what the tasks write is what one process would write."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.dataset.format import read_manifest
+from orchestrator.dataset.reader import TokenReader
+from orchestrator.dataset.source import list_source
+from orchestrator.errors import RunError
+from orchestrator.spec import DataSpec
+from orchestrator.store import Store, layout, open_store
+from orchestrator.targets.seaweedfs import S3Server
+from tests.unit.workloads import chat_templates as templates
+from tests.unit.workloads.preparing import json_lines
+from workloads.prepare import part_jobs, prepare, prepare_part, split_by_record
+from workloads.prepare.vocabulary import load_tokenizer
+
+LENGTH = 127
+TOKENIZER_FINGERPRINT = "0011223344556677"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """As much of a pretrained model as preparing data looks at."""
+
+    directory: Path
+    trust_remote_code: bool = False
+
+
+@pytest.fixture(scope="module")
+def ray_of_two(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A local Ray of two CPUs; without the server there would be nothing for its tasks to read."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADWAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else ray.init leaves a token mode in this process's environment
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="headway-tests",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    tokenizer = templates.byte_level("chatml", templates.CHATML, vocab_size=300)
+    return Base(directory=templates.save(tmp_path_factory.mktemp("base"), tokenizer))
+
+
+def put(store: Store, content: bytes, name: str = "all.jsonl") -> str:
+    """The address of one file in the store's bucket."""
+    folder = f"sources/{secrets.token_hex(6)}"
+    store.at(store.bucket).upload(f"{folder}/{name}", content)
+    return f"s3://{store.bucket}/{folder}/**"
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {number} and one more?"},
+                {"role": "assistant", "content": f"It is {number + 1}. " + "So it goes. " * (number % 5)},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def shards_of(store: Store, prefix: str) -> dict[str, bytes]:
+    return {item.key[len(prefix) :]: store.get(item.key) for item in store.list(prefix) if item.key.endswith(".bin")}
+
+
+@pytest.mark.usefixtures("ray_of_two")
+def test_conversations_are_prepared_by_tasks_as_by_one_process(store: Store, base: Any, tmp_path: Path) -> None:
+    pattern = put(store, json_lines(conversations(16_000)))
+    data = DataSpec(train=pattern, format="messages", sequence_length=LENGTH, eval_fraction=0.1)
+    files = list_source(pattern, store)
+    manifest = prepare(data, "chats", files, store, base=base, tokenizer_fingerprint=TOKENIZER_FINGERPRINT)
+    assert read_manifest(store, "chats", manifest.fingerprint) == manifest
+    assert len(manifest.train.shards) == files[0].size_bytes // 2**20 > 1
+    counts = manifest.counts
+    assert counts["train.samples"] + counts["eval.samples"] == 16_000
+
+    alone = open_store(f"{store.uri}/alone")
+    prefix = layout.dataset("chats", manifest.fingerprint)
+    for name in (manifest.tokenizer.file, *manifest.tokenizer.files):
+        alone.create(prefix + name, store.get(prefix + name))
+    jobs = part_jobs(data, files, alone, prefix, manifest.tokenizer, by_record=split_by_record(data, files))
+    for job in jobs:
+        prepare_part(job, alone)
+    assert shards_of(alone, prefix) == shards_of(store, prefix)
+
+    tokenizer = load_tokenizer(base.directory)
+    row = TokenReader(store, manifest, manifest.eval, sequence_length=LENGTH, cache=tmp_path).rows(np.array([0]))
+    said = tokenizer.decode(row["tokens"][row["is_target"]])
+    assert said.startswith("It is ")
+    assert said.endswith("<|im_end|>")
+
+
+@pytest.mark.usefixtures("ray_of_two")
+def test_a_dataset_that_stands_is_not_made_again(store: Store, base: Any) -> None:
+    pattern = put(store, json_lines(conversations(200)))
+    data = DataSpec(train=pattern, format="messages", sequence_length=LENGTH, eval_fraction=0.1)
+    first, second = (
+        prepare(data, "chats", list_source(pattern, store), store, base=base, tokenizer_fingerprint="a" * 16)
+        for _ in range(2)
+    )
+    assert first == second
+    other = prepare(data, "chats", list_source(pattern, store), store, base=base, tokenizer_fingerprint="b" * 16)
+    assert other.fingerprint != first.fingerprint
+
+
+@pytest.mark.usefixtures("ray_of_two")
+def test_labelled_texts_are_prepared_from_scratch(store: Store, tmp_path: Path) -> None:
+    records = [{"text": f"text number {number}", "stars": number % 3} for number in range(300)]
+    pattern = put(store, json_lines(records))
+    data = DataSpec(
+        train=pattern, format="jsonl", label_field="stars", vocab_size=300, sequence_length=32, eval_fraction=0.1
+    )
+    manifest = prepare(data, "reviews", list_source(pattern, store), store)
+    assert manifest.classes == ("0", "1", "2")
+    rows = TokenReader(store, manifest, manifest.train, sequence_length=32, cache=tmp_path).rows(np.arange(5))
+    assert rows["label"].shape == (5,)
+    assert (rows["tokens"][:, 0] == manifest.tokenizer.end_of_text_id).all()
+
+
+@pytest.mark.usefixtures("ray_of_two")
+def test_what_is_wrong_with_the_classes_is_told_before_anything_is_tokenized(store: Store) -> None:
+    pattern = put(store, json_lines([{"text": f"text {number}", "kind": "only"} for number in range(50)]))
+    data = DataSpec(train=pattern, format="jsonl", label_field="kind", vocab_size=300, eval_fraction=0.1)
+    with pytest.raises(RunError, match="one class alone, 'only'"):
+        prepare(data, "one", list_source(pattern, store), store)
+    assert not [item.key for item in store.list(layout.datasets("one")) if item.key.endswith(".bin")]
