@@ -89,19 +89,21 @@ def train(
     engine = Engine(task.build_model(), train=spec.train, split=split, precision=precision, device=device)
     group = _claim_group(store, attempt, rank=rank)
     first_step = _load(spec, store, job.run_id, engine, rank=rank)
-    writer = CheckpointWriter(
-        store,
-        group,
-        engine.state,
-        engine.model,
-        rank=rank,
-        world_size=world_size,
-        keep=spec.checkpoint.keep,
-    )
     try:
         with (
-            writing(writer),
             observed(store, group, rank=rank, preempted=preempted) as observer,
+            writing(
+                CheckpointWriter(
+                    store,
+                    group,
+                    engine.state,
+                    engine.model,
+                    rank=rank,
+                    world_size=world_size,
+                    keep=spec.checkpoint.keep,
+                    before_commit=observer.flush,
+                )
+            ) as writer,
             beating(
                 link,
                 group=group.nonce,
