@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.checkpoint.catalog import committed, committed_steps
+from orchestrator.checkpoint.catalog import committed_steps, newest_to_commit
 from orchestrator.dataset.format import DatasetManifest
 from orchestrator.errors import (
     AlreadyExists,
@@ -87,8 +87,7 @@ def run(
     check_task(spec)
     _record_spec(store, spec, identity)
     if allowance is not None:
-        saved_by = max((folder.attempt for folder in committed(store, identity.run_id)), default=0)
-        require_turn(store, identity.run_id, allowance, saved_by=saved_by)
+        require_turn(store, identity.run_id, allowance, saved_by=newest_to_commit(store, identity.run_id))
     attempt = claim_attempt(
         store, identity.run_id, facts={"host": socket.gethostname(), "job": job_id, "headway": __version__}
     )

@@ -66,7 +66,8 @@ def require_turn(store: Store, run_id: str, allowance: Allowance, *, saved_by: i
 
     Args:
         saved_by: the newest attempt that committed a checkpoint, 0 for none. Failures before it no longer count: a run
-            of weeks may lose its nodes any number of times, as long as it comes further in between.
+            of weeks may lose its head any number of times, as long as it comes further in between. Jobs that end with
+            an error are besides counted by the system that starts them again.
 
     Raises:
         Fenced: another job works on the run by now. AttemptsUsedUp: so many failed already.
