@@ -138,7 +138,8 @@ class TargetSettings(Part):
     """Secrets whose keys become variables of every training pod."""
     claims: tuple[ClaimMount, ...] = ()
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
-    """Attempts that one submission may make before it needs a person."""
+    """Attempts that may fail in one submission before it needs a person. A lost head counts until there is a newer
+    checkpoint."""
     deadlines: Deadlines = Deadlines()
     grace: Annotated[int, Field(ge=30)] = 180
     """Seconds that a pod has to save and end before it is killed."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.checkpoint.save import CheckpointWriter
+from orchestrator.errors import HeadwayError
 from orchestrator.record import EventLog
 from orchestrator.store import Store, WorkerGroup
 from orchestrator.store.attempts import stop_reason
@@ -60,6 +61,15 @@ class Observer:
             kind = "checkpoint" if saved.error is None else "checkpoint_failed"
             error = {"error": str(saved.error)} if saved.error else {}
             self.note(kind, step=saved.step, seconds=round(saved.seconds, 3), **error)
+
+    def flush(self) -> None:
+        """Write out what was noted so far. Before each commit: what lies behind a checkpoint is never trained again, so
+        no later group would note it."""
+        if self._events:
+            try:
+                self._events.flush()
+            except HeadwayError as e:
+                logger.warning("The run's events are not written yet: %s", e)
 
     def close(self) -> None:
         self._closed.set()

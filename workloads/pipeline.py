@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.checkpoint.catalog import committed_steps
+from orchestrator.checkpoint.catalog import committed_steps, newest_to_commit
 from orchestrator.dataset.format import DatasetManifest
 from orchestrator.errors import (
     AlreadyExists,
@@ -88,7 +88,7 @@ def run(
     check_task(spec)
     _record_spec(store, spec, identity)
     if allowance is not None:
-        require_turn(store, identity.run_id, allowance)
+        require_turn(store, identity.run_id, allowance, saved_by=newest_to_commit(store, identity.run_id))
     attempt = claim_attempt(
         store, identity.run_id, facts={"host": socket.gethostname(), "job": job_id, "headway": __version__}
     )

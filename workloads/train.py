@@ -98,20 +98,22 @@ def train(
     evaluation = open_evaluation(spec, store, manifest, task, split, rank=rank, engine=engine)
     group = _claim_group(store, attempt, rank=rank)
     resumed = _load(spec, store, job.run_id, engine, origin, rank=rank)
-    writer = CheckpointWriter(
-        store,
-        group,
-        engine.state,
-        engine.model,
-        rank=rank,
-        world_size=world_size,
-        keep=spec.checkpoint.keep,
-        origin=origin,
-    )
     try:
         with (
-            writing(writer),
             observed(store, group, rank=rank, preempted=preempted) as observer,
+            writing(
+                CheckpointWriter(
+                    store,
+                    group,
+                    engine.state,
+                    engine.model,
+                    rank=rank,
+                    world_size=world_size,
+                    keep=spec.checkpoint.keep,
+                    origin=origin,
+                    before_commit=observer.flush,
+                )
+            ) as writer,
             beating(
                 link,
                 group=group.nonce,

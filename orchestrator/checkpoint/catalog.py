@@ -92,6 +92,11 @@ def committed_steps(store: Store, run_id: str) -> list[int]:
     return list(dict.fromkeys(folder.step for folder in committed(store, run_id)))
 
 
+def newest_to_commit(store: Store, run_id: str) -> int:
+    """The newest attempt that has a committed checkpoint; 0 where none has."""
+    return max((folder.attempt for folder in committed(store, run_id)), default=0)
+
+
 def find(store: Store, run_id: str, step: int) -> Folder:
     """The newest committed checkpoint of a step.
 

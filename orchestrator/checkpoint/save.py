@@ -76,6 +76,7 @@ class CheckpointWriter:
         keep: steps whose checkpoints to keep, newest first.
         random: generators whose state to save, for loops that draw from them.
         retry_s: wait before an upload that failed is tried again.
+        before_commit: called by rank 0 behind training, once all files of a checkpoint are there; it may not raise.
     """
 
     def __init__(
@@ -91,11 +92,12 @@ class CheckpointWriter:
         origin: Origin | None = None,
         random: RandomState | None = None,
         retry_s: float = RETRY_S,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.counts = SaveCounts()
         self._store, self._group, self._state = store, group, state
         self._rank, self._world_size, self._keep = rank, world_size, keep
-        self._random, self._retry_s = random, retry_s
+        self._random, self._retry_s, self._before_commit = random, retry_s, before_commit
         self._module, self._origin = module, origin
         self._image = FileImage(*_parts(state, origin, rank=rank, world_size=world_size), self._whole())
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_run_behind)
@@ -275,6 +277,7 @@ class CheckpointWriter:
             scalars=scalars,
             created_s=time.time(),
         )
+        self._before_commit()
         ensure_newest_group(self._store, self._group)
         self._store.create(folder.prefix + MANIFEST, seal(manifest.document()))
         try:

@@ -98,6 +98,7 @@ def ray_service(
         store_uri=store_uri,
         replicas=replicas,
         route_prefix=route_prefix,
+        headway=version,
         # All of its pod, so that Ray never puts two replicas into one.
         num_cpus=1,
         num_gpus=pool.gpus_per_pod,

@@ -61,8 +61,13 @@ class Allowance:
     max_attempts: int
 
 
-def require_turn(store: Store, run_id: str, allowance: Allowance) -> None:
+def require_turn(store: Store, run_id: str, allowance: Allowance, *, saved_by: int = 0) -> None:
     """Check before a claim that it is still this job's turn. An attempt that was stopped or displaced costs nothing.
+
+    Args:
+        saved_by: the newest attempt that committed a checkpoint, 0 for none. Failures before it no longer count: a run
+            of weeks may lose its head any number of times, as long as it comes further in between. Jobs that end with
+            an error are besides counted by the system that starts them again.
 
     Raises:
         Fenced: another job works on the run by now. AttemptsUsedUp: so many failed already.
@@ -72,6 +77,8 @@ def require_turn(store: Store, run_id: str, allowance: Allowance) -> None:
         job = str(read_attempt(store, run_id, number).get("job", ""))
         if job != allowance.job_id:
             raise Fenced(f"{allowance.job_id} gives way: {job} works on {run_id} by now, as attempt {number}.")
+        if number < saved_by:
+            continue
         end = attempt_end(store, run_id, number)
         if end is None and _stop_request(store, run_id, number) != POD_ENDS:
             failures.append("it died without a word")

@@ -5,6 +5,7 @@ Measured on 2 cores: the first application answers 6 s after it is deployed, 3 s
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _POLL_S = 0.2
 RUNNING = "RUNNING"
 FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 ABSENT = "NOT_STARTED"
+_MAX_WORDS = 500
+_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*: ", re.MULTILINE)
+_OWN_ERROR = re.compile(r"orchestrator\.errors\.\w+: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class ServeApi:
             status = self.status(name)
             if status.state in FAILED:
                 raise TargetError(
-                    f"Ray Serve could not start {name}: {status.message[-1000:] or status.state}",
+                    f"Ray Serve could not start {name}: {gist(status.message) or status.state}",
                     next_step=f"Its logs are in the dashboard, {self._ray.url}",
                 )
             if status.state == RUNNING and self._answers(url):
@@ -87,7 +91,7 @@ class ServeApi:
             if self._clock() >= deadline:
                 raise TimedOut(
                     f"{name} did not answer at {url} within {timeout_s:.0f} s; Serve says {status.state}: "
-                    f"{status.message[-500:]}",
+                    f"{gist(status.message)}",
                     next_step=f"See the dashboard, {self._ray.url}: are there free CPUs, or GPUs, for its replicas?",
                 )
             self._sleep(_POLL_S)
@@ -112,6 +116,13 @@ class ServeApi:
         answer = self._ray.send("PUT", _APPLICATIONS, json={"http_options": options, "applications": applications})
         if answer.status_code != 200:
             raise self._ray.refused(answer)
+
+
+def gist(message: str) -> str:
+    """What Serve says of an application in one line: of tracebacks, the exception that came last. Pure."""
+    raised = list(_EXCEPTION.finditer(message)) if "Traceback (most recent call last)" in message else []
+    said = " ".join(message[raised[-1].start() if raised else 0 :].split())
+    return _OWN_ERROR.sub("", said, count=1)[-_MAX_WORDS:]
 
 
 def deployed(details: dict[str, Any]) -> list[dict[str, Any]]:

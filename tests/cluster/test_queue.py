@@ -98,6 +98,7 @@ def test_a_gate_refusal_and_a_loss_that_is_not_finite_start_no_second_cluster(
     said = not_finite.finish()
     assert (said.code, "failed for good: The loss became " in said.err) == (1, True), said.err
     for run in refused_and_not_finite:
+        run.wait_until_gone()  # the outcome is in the store, and seen, before KubeRay has heard of its end
         (job,) = run.ray_jobs()
         status = job["status"]
         assert (status["jobDeploymentStatus"], status["jobStatus"]) == ("Complete", "SUCCEEDED")

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from orchestrator import __version__
 from orchestrator.errors import UsageError
 from orchestrator.release.channels import ChannelStatus
 from orchestrator.release.versions import Version
@@ -51,6 +52,8 @@ class ServeSettings(BaseModel):
 
     model: str
     channel: str = "production"
+    headway: str | None = None
+    """The version of Headway that asks; another than this one's is refused. Null asks for none."""
     store: str | None = None
     """``s3://bucket/prefix``; null takes HEADWAY_STORE on the replica's node. Credentials come from AWS_…"""
     poll_s: Annotated[float, Field(gt=0.0)] = 2.0
@@ -214,7 +217,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application for one model.
 
     Raises:
-        UsageError: an argument that is unknown, missing, or outside its limit.
+        UsageError: an argument that is unknown, missing, or outside its limit, or another version of Headway asks.
     """
     try:
         settings = ServeSettings.model_validate(args)
@@ -222,6 +225,11 @@ def build(args: dict[str, Any]) -> serve.Application:
         fault = e.errors(include_url=False)[0]
         field = ".".join(str(part) for part in fault["loc"])
         raise UsageError(f"The serve application's argument {field}: {fault['msg']}.") from e
+    if settings.headway not in (None, __version__):
+        raise UsageError(
+            f"This image holds Headway {__version__}, and the service was asked for by Headway {settings.headway}.",
+            next_step=f"Name the image of {settings.headway} in the target's settings.",
+        )
     deployment: Any = serve.deployment(serve.ingress(api)(_Replica))
     bound: serve.Application = deployment.options(
         name=DEPLOYMENT,

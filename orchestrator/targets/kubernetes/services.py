@@ -20,7 +20,7 @@ from orchestrator.render.ray_service import SERVE_PORT, SERVICE_LABEL, WORKERS, 
 from orchestrator.targets.kubernetes.client import RAY_SERVICES, Object
 from orchestrator.targets.kubernetes.forward import Forwarding, forwarded
 from orchestrator.targets.kubernetes.reasons import standstill
-from orchestrator.targets.serve_api import RUNNING
+from orchestrator.targets.serve_api import RUNNING, gist
 
 RAY_CLUSTERS = "rayclusters"
 _MANAGER = "app.kubernetes.io/managed-by"
@@ -254,7 +254,7 @@ def _deployment(state: str, application: Object, events: Sequence[Object]) -> st
     if not application:
         refusals = [str(each.get("message")) for each in events if each.get("reason") == _NOT_SENT]
         words += [each.rpartition("err: ")[2] for each in refusals[-1:]]
-    said = next((_line(each) for each in words if each), "")
+    said = next((gist(str(each)) for each in words if each), "")
     return f"Ray Serve says {state}: {said}" if said else f"Ray Serve says {state}"
 
 

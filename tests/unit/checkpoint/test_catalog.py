@@ -15,6 +15,7 @@ from orchestrator.checkpoint.catalog import (
     find,
     folder_of,
     manifests,
+    newest_to_commit,
     read_manifest,
     reread,
     stored,
@@ -75,6 +76,14 @@ def test_of_one_step_the_newest_claim_comes_first(memory_store: MemoryStore) -> 
     assert committed(memory_store, "run-1") == order
     assert committed_steps(memory_store, "run-1") == [8, 4]
     assert find(memory_store, "run-1", 4) == order[1]
+
+
+def test_the_newest_attempt_that_committed_may_not_have_the_newest_step(memory_store: MemoryStore) -> None:
+    assert newest_to_commit(memory_store, "run-1") == 0
+    commit(memory_store, folder(8, attempt=1))
+    commit(memory_store, folder(4, attempt=10))
+    memory_store.create(folder(9, attempt=11).prefix + "rank-00000.json", b"{}")
+    assert newest_to_commit(memory_store, "run-1") == 10
 
 
 def test_numbers_beyond_their_width_are_in_order(memory_store: MemoryStore) -> None:

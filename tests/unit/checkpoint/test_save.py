@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from orchestrator.checkpoint import commit
-from orchestrator.checkpoint.catalog import committed_steps
+from orchestrator.checkpoint.catalog import committed, committed_steps
 from orchestrator.checkpoint.format import KINDS
 from orchestrator.checkpoint.save import UPLOAD_TRIES, CheckpointWriter, paced, writing
 from orchestrator.checkpoint.verify import verify
@@ -102,6 +102,17 @@ def test_many_ranks_make_one_checkpoint(
     folder, manifest = manifest_at(memory_store, 4)
     assert verify(memory_store, folder).num_files == len(manifest.files) == world_size
     assert (manifest.attempt, manifest.group, manifest.nonce) == (1, 1, group.nonce)
+
+
+def test_what_comes_before_a_commit_does(memory_store: MemoryStore, group: WorkerGroup) -> None:
+    found: list[bool] = []
+    state = FakeState(SHAPES, rank=0, world_size=1)
+    look = lambda: found.append(bool(committed(memory_store, group.run_id)))  # noqa: E731
+    writer = writer_of(memory_store, group, state, before_commit=look)
+    writer.save(scalars(1))
+    assert finish(writer).error is None
+    assert found == [False]
+    assert committed(memory_store, group.run_id)
 
 
 def test_the_snapshot_does_not_see_what_comes_after(memory_store: MemoryStore, group: WorkerGroup) -> None:

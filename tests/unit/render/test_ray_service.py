@@ -68,6 +68,7 @@ def test_serve_is_told_the_application_of_headway_serve_and_to_listen_on_every_p
                     "channel": "production",
                     "store": "s3://bucket/main",
                     "num_replicas": 2,
+                    "headway": "0.1.0",
                     "num_cpus": 1,
                     "num_gpus": 1,
                     "num_threads": 2,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import __version__
 from orchestrator.errors import UsageError
 from orchestrator.release.channels import ChannelStatus
 from workloads.serve import app
@@ -24,6 +25,12 @@ def test_arguments_have_defaults_that_leave_room_for_training() -> None:
 def test_a_wrong_argument_is_named(args: dict[str, Any], field: str) -> None:
     with pytest.raises(UsageError, match=f"argument {field}"):
         app.build(args)
+
+
+def test_another_version_of_headway_is_refused() -> None:
+    app.build({"model": "lm", "headway": __version__})
+    with pytest.raises(UsageError, match=f"holds Headway {__version__}, and the service was asked for by .*9.9.9"):
+        app.build({"model": "lm", "headway": "9.9.9"})
 
 
 def test_build_gives_an_application_without_a_cluster() -> None:

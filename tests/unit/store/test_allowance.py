@@ -23,8 +23,8 @@ def attempt(store: MemoryStore, state: str | None, *, job: str = JOB, reason: st
         end_attempt(store, claimed, state=state, reason=reason)
 
 
-def allowed(store: MemoryStore, *, first: int = 1, max_attempts: int = 3) -> None:
-    require_turn(store, RUN, Allowance(job_id=JOB, first=first, max_attempts=max_attempts))
+def allowed(store: MemoryStore, *, first: int = 1, max_attempts: int = 3, saved_by: int = 0) -> None:
+    require_turn(store, RUN, Allowance(job_id=JOB, first=first, max_attempts=max_attempts), saved_by=saved_by)
 
 
 def test_the_first_attempt_is_always_allowed(memory_store: MemoryStore) -> None:
@@ -78,6 +78,21 @@ def test_one_that_failed_while_its_pod_ended_failed(memory_store: MemoryStore) -
     request_stop(memory_store, RUN, 1, reason=POD_ENDS)
     with pytest.raises(AttemptsUsedUp, match="no memory"):
         allowed(memory_store, max_attempts=1)
+
+
+def test_failures_count_from_the_attempt_that_came_further(memory_store: MemoryStore) -> None:
+    for _ in range(5):
+        attempt(memory_store, "failed")
+    with pytest.raises(AttemptsUsedUp, match="3 attempts failed"):
+        allowed(memory_store, saved_by=3)
+    allowed(memory_store, saved_by=4)
+
+
+def test_a_job_gives_way_even_where_the_run_came_further_since(memory_store: MemoryStore) -> None:
+    attempt(memory_store, "failed", job="run-1-00002")
+    attempt(memory_store, "failed")
+    with pytest.raises(Fenced):
+        allowed(memory_store, saved_by=2)
 
 
 def test_an_earlier_submissions_failures_do_not_count(memory_store: MemoryStore) -> None:

@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from orchestrator.errors import TargetError, TimedOut
-from orchestrator.targets.serve_api import ApplicationStatus, ServeApi, deployed, merged
+from orchestrator.targets.serve_api import ApplicationStatus, ServeApi, deployed, gist, merged
 
 NOT_STARTED = {"controller_info": {}, "proxies": {}, "applications": {}, "target_capacity": None}
 OTHER = {"name": "other", "route_prefix": "/other", "import_path": "o:app"}
@@ -94,6 +94,39 @@ def test_a_failed_deployment_is_told_at_once():
     serve = FakeServe(details(MINE, status="DEPLOY_FAILED", message="ImportError: no module"))
     with pytest.raises(TargetError, match="ImportError: no module"):
         serve.api().wait_until_answering("mine", "http://127.0.0.1:8000/", timeout_s=30)
+
+
+NESTED = """Deploying app 'mine' failed with exception:
+Traceback (most recent call last):
+  File "application_state.py", line 926, in _reconcile_build_app_task
+    raise value.as_instanceof_cause()
+ray.exceptions.RayTaskError(RuntimeError): ray::build_serve_application() (pid=1)
+RuntimeError: Traceback (most recent call last):
+  File "app.py", line 209, in build
+    raise UsageError(
+               ^^^^^^
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("", ""),
+        ("The deployment 'x' is\n  waiting: for a CPU", "The deployment 'x' is waiting: for a CPU"),
+        (
+            NESTED + "orchestrator.errors.UsageError: It is old. Name another.",
+            "It is old. Name another.",
+        ),
+        (NESTED + "pydantic.Invalid: 1 fault\nreplicas\n  too few", "pydantic.Invalid: 1 fault replicas too few"),
+    ],
+)
+def test_of_a_traceback_what_was_raised_is_told(message, said):
+    assert gist(message) == said
+
+
+def test_a_long_message_is_told_by_its_end():
+    assert gist("x" * 2000 + " no memory").endswith("x no memory")
+    assert len(gist("x" * 2000)) == 500
 
 
 def test_one_that_runs_but_does_not_answer_times_out():

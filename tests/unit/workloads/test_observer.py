@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from orchestrator.errors import StoreError
 from orchestrator.record import EventReader
 from orchestrator.store import claim_attempt, claim_group
 from tests.unit.fakes import MemoryStore
@@ -27,3 +28,29 @@ def test_each_node_to_be_taken_away_is_one_notice(store: MemoryStore) -> None:
     assert counts == [0, 1, 1, 2, 2]
     events = [event for event in EventReader(store, "run-1").poll() if event["kind"] == "preemption"]
     assert [event["nodes"] for event in events] == [["a"], ["a", "b"]]
+
+
+def test_what_was_noted_is_in_the_store_once_flushed(store: MemoryStore) -> None:
+    group = claim_group(store, claim_attempt(store, "run-1", facts={}))
+    with observed(store, group, rank=0) as observer:
+        observer.note("step", step=1)
+        observer.flush()
+        assert [event["step"] for event in EventReader(store, "run-1").poll()] == [1]
+
+
+def test_a_store_that_does_not_answer_keeps_no_checkpoint_from_its_commit(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = claim_group(store, claim_attempt(store, "run-1", facts={}))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StoreError("no answer")
+
+    with observed(store, group, rank=0) as observer:
+        observer.note("step", step=1)
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "create", refuse)
+            observer.flush()
+        assert "not written yet: no answer" in caplog.text
+        observer.flush()
+        assert [event["step"] for event in EventReader(store, "run-1").poll()] == [1]
