@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from orchestrator.checkpoint.adapter import ADAPTER_CONFIG, BaseReference
+from orchestrator.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BaseReference
 from orchestrator.checkpoint.base import open_base
+from orchestrator.errors import IntegrityError
 from orchestrator.release.versions import VersionFile, download_files, matches
 from orchestrator.store import Store
 
@@ -25,13 +26,22 @@ def load_adapted(directory: Path, base: Path, auto_class: str, *, dtype: str = "
     Args:
         auto_class: the transformers class that loads it.
         options: further ones of its ``from_pretrained``, such as ``num_labels``.
+
+    Raises:
+        IntegrityError: the adapter is one for other modules.
     """
     import peft
+    import safetensors.torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     model = getattr(transformers, auto_class).from_pretrained(base, use_safetensors=True, dtype=dtype, **options)
-    adapted = peft.PeftModel.from_pretrained(model, str(directory))
+    # Not by PeftModel.from_pretrained, which falls back to pickled weights.
+    adapted = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(str(directory)))
+    weights = safetensors.torch.load_file(directory / ADAPTER_FILE)
+    unknown = peft.set_peft_model_state_dict(adapted, weights).unexpected_keys
+    if unknown:
+        raise IntegrityError(f"{directory / ADAPTER_FILE} is not of this base: it has no place for {unknown[0]}.")
     merged: nn.Module = adapted.merge_and_unload()  # type: ignore[operator]
     return merged
 

@@ -13,20 +13,27 @@ import numpy as np
 import torch
 
 from orchestrator.dataset.format import DatasetManifest, read_manifest
-from orchestrator.dataset.reader import TokenReader, require_samples
+from orchestrator.dataset.reader import TokenReader, cache_directory, require_samples
 from orchestrator.errors import RunError
-from orchestrator.release.versions import VersionFile, download_files
+from orchestrator.release.versions import download_files
 from orchestrator.spec import RunSpec
 from orchestrator.store import Store, open_store
+from workloads.adapter import download_base
+from workloads.export import Export
 from workloads.tasks import Samples, Task, task_of
+from workloads.tasks.base_context import BaseContext, base_context
 
 _SEED = 0x0E7A1  # of masks and noise in evaluation; the same for every model that is compared
 
 
 def evaluate(
-    spec: RunSpec, store: Store, dataset: DatasetManifest, *, prefix: str, files: dict[str, VersionFile]
+    spec: RunSpec, store: Store, dataset: DatasetManifest, exported: Export, base: BaseContext | None = None
 ) -> dict[str, float]:
-    """The task's figures for the model at ``prefix``, with the unigram model's loss beside them."""
+    """The task's figures for the exported model, with the unigram model's loss beside them.
+
+    Args:
+        base: the pretrained model that the run started from, where it did.
+    """
     import ray
 
     resources = spec.resources
@@ -37,8 +44,8 @@ def evaluate(
             "spec": spec.model_dump(mode="json"),
             "store": store.uri,
             "dataset": [dataset.name, dataset.fingerprint],
-            "prefix": prefix,
-            "files": {name: entry.model_dump(mode="json") for name, entry in files.items()},
+            "exported": exported.model_dump(mode="json"),
+            "base": base.manifest.fingerprint if base is not None else "",
         }
     )
     shares = ray.get([remote.remote(job, share, num_shares) for share in range(num_shares)])
@@ -48,7 +55,7 @@ def evaluate(
     sums: Counter[str] = Counter()
     for part, _ in shares:
         sums.update(part)
-    figures = task_of(spec, dataset).metrics(sums, num_targets=num_targets, split=dataset.eval)
+    figures = task_of(spec, dataset, base).metrics(sums, num_targets=num_targets, split=dataset.eval)
     return {**figures, "unigram_loss": dataset.unigram_loss, "num_targets": num_targets}
 
 
@@ -57,15 +64,16 @@ def _share(job_json: str, share: int, num_shares: int) -> tuple[dict[str, float]
     job = json.loads(job_json)
     spec, store = RunSpec.model_validate(job["spec"]), open_store(job["store"])
     dataset = read_manifest(store, *job["dataset"])
-    files = {name: VersionFile.model_validate(entry) for name, entry in job["files"].items()}
+    exported = Export.model_validate(job["exported"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(spec.resources.cpus_per_worker)
-    task = task_of(spec, dataset)
+    task = task_of(spec, dataset, base_context(spec, store, job["base"]))
+    whole = download_base(store, exported.base, cache_directory()) if exported.base is not None else None
     with tempfile.TemporaryDirectory(prefix="headway-evaluate-") as folder:
         directory = Path(folder) / "model"
-        download_files(store, job["prefix"], files, directory)
-        model = task.load_model(directory).to(device).eval()
+        download_files(store, exported.prefix, exported.files, directory)
+        model = task.load_model(directory, whole).to(device).eval()
     return add_up(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device)
 
 

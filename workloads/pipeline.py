@@ -1,4 +1,4 @@
-"""What ``headway run`` executes inside a Ray job: prepare -> train -> export -> evaluate -> gate -> release.
+"""What ``headway run`` executes in a Ray job: base -> prepare -> train -> export -> evaluate -> gate -> release.
 
 Every stage looks in the store at what is committed and does what is missing. So a retry, a restarted head node or
 a second submission of the same run goes on where the last one stopped, and repeats nothing.
@@ -30,6 +30,7 @@ from orchestrator.errors import (
     RunError,
 )
 from orchestrator.plan import num_steps
+from orchestrator.pretrained.source import BaseSource
 from orchestrator.record import EventLog
 from orchestrator.release import channels
 from orchestrator.release.gate import GateDecision, Serving, decide
@@ -51,10 +52,14 @@ from workloads.cluster import fit, own_errors
 from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
 from workloads.export_file import as_ray_tasks
+from workloads.fetch_base import as_ray_tasks as copy_as_ray_tasks
+from workloads.fetch_base import fetch_base
 from workloads.in_run_evaluation import last_step
 from workloads.prepare import prepare
+from workloads.pretrained_model import check as check_pretrained
 from workloads.signals import stop_on_signal
-from workloads.tasks import check_task, task_of
+from workloads.tasks import BaseContext, Task, check_task, task_of
+from workloads.tasks.base_context import base_context
 from workloads.train import TrainJob
 
 logger = logging.getLogger(__name__)
@@ -126,9 +131,17 @@ class Pipeline:
     events: EventLog
     say: Callable[[str], None]
 
+    base: BaseContext | None = None
+    """The pretrained model, once it is in the store."""
+
     def execute(self) -> Outcome:
+        if self.identity.base is not None:
+            with self._stage("base"):
+                self.base = self._fetch_base(self.identity.base)
         with self._stage("prepare"):
             dataset = self._prepare()
+            if self.base is not None:
+                check_pretrained(self._task(dataset))
         length = self.spec.data.sequence_length
         num_samples = dataset.num_samples(dataset.train, length)
         steps = num_steps(self.spec.train, num_samples, sequence_length=length) or 0
@@ -148,10 +161,28 @@ class Pipeline:
 
     # -- stages
 
+    def _fetch_base(self, source: BaseSource) -> BaseContext | None:
+        manifest = fetch_base(source, self.store, run_all=copy_as_ray_tasks)
+        base = base_context(self.spec, self.store, manifest.fingerprint)
+        check_task(self.spec, base)
+        return base
+
     def _prepare(self) -> DatasetManifest:
         if self.identity.dataset is not None:
             return self.identity.dataset
-        return prepare(self.spec.data, self.spec.name, list(self.identity.files), self.store)
+        dataset = prepare(
+            self.spec.data,
+            self.spec.name,
+            list(self.identity.files),
+            self.store,
+            base=self.base,
+            tokenizer_fingerprint=self.identity.base.tokenizer_fingerprint if self.identity.base is not None else "",
+        )
+        self.events.append("dataset", fingerprint=dataset.fingerprint, counts=dataset.counts)
+        return dataset
+
+    def _task(self, dataset: DatasetManifest) -> Task:
+        return task_of(self.spec, dataset, self.base)
 
     def _train_and_export(self, dataset: DatasetManifest, steps: int, *, again: bool = False) -> Export | Outcome:
         """The exported model, or the outcome of a run that training failed for good.
@@ -184,6 +215,7 @@ class Pipeline:
             attempt_nonce=self.attempt.nonce,
             dataset=(dataset.name, dataset.fingerprint),
             total_steps=steps,
+            base=self.base.manifest.fingerprint if self.base is not None else "",
         )
         fit(job, self.identity.run_id, say=self.say, note=self.events.append)
         if read_outcome(self.store, self.identity.run_id) is None and self._last_step(steps) is None:
@@ -200,9 +232,10 @@ class Pipeline:
         standing = read_export(self.store, self.identity.run_id)
         if standing is not None:
             return standing
-        task = task_of(self.spec, dataset)
         step = self._last_step(steps) or steps
-        return export(self.spec, self.store, self.attempt, task, dataset, step=step, write_all=as_ray_tasks)
+        return export(
+            self.spec, self.store, self.attempt, self._task(dataset), dataset, step=step, write_all=as_ray_tasks
+        )
 
     def _evaluate(self, dataset: DatasetManifest, exported: Export) -> dict[str, float]:
         key = layout.evaluation(self.identity.run_id)
@@ -211,7 +244,7 @@ class Pipeline:
             return standing
         except NotFound:
             pass
-        found = evaluate(self.spec, self.store, dataset, prefix=exported.prefix, files=exported.files)
+        found = evaluate(self.spec, self.store, dataset, exported, self.base)
         broken = {name: value for name, value in found.items() if not math.isfinite(value)}
         if broken:
             raise RunError(f"The exported model's evaluation is not finite: {broken}.")
@@ -253,6 +286,7 @@ class Pipeline:
             evaluation=evaluation,
             gate={"passed": decision.passed, "reasons": list(decision.reasons)},
             files=exported.files,
+            base=exported.base,
             created_s=time.time(),
             nonce=self.attempt.nonce,
         )
@@ -308,6 +342,7 @@ class Pipeline:
             "checkpoint": self._checkpoint_uri(exported),
             "dataset": f"{dataset.name}@{dataset.fingerprint}",
             "export": self.store.uri_of(exported.prefix),
+            **({"base": f"{self.base.manifest.uri}@{self.base.manifest.fingerprint}"} if self.base is not None else {}),
         }
 
     def _checkpoint_uri(self, exported: Export) -> str:

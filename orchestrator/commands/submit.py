@@ -47,11 +47,8 @@ def submit(
     reporter: Reporter,
 ) -> Result:
     spec = load(run_file)
-    if target != "local" and spec.data.train is not None and not spec.data.train.startswith("s3://"):
-        raise SpecError(
-            f"data.train {spec.data.train!r} is a path of this machine, which {target} does not see.",
-            next_step="Put the data into S3 and name it as s3://bucket/prefix/**.",
-        )
+    if target != "local":
+        _require_reachable(spec, target)
     if spec.secrets and not is_kubernetes(target):
         reporter.say(f"not sent: the secrets {', '.join(spec.secrets)}, which only Kubernetes has")
     cluster, store = find_target(target, store_uri), find_store(store_uri)
@@ -162,3 +159,19 @@ def describe(outcome: Outcome) -> str:
         lines.append(f"  evaluation  {figures}")
     lines += [f"  {k:<11} {facts[k]}" for k in ("version", "checkpoint", "dataset") if facts.get(k)]
     return "\n".join(lines)
+
+
+def _require_reachable(spec: RunSpec, target: str) -> None:
+    """
+    Raises:
+        SpecError: the run file names what lies on this machine alone.
+    """
+    advice = {
+        "data.train": (spec.data.train, "Put the data into S3 and name it as s3://bucket/prefix/**."),
+        "model.pretrained": (spec.model.pretrained, "Put the model into S3 and name it as s3://bucket/prefix."),
+    }
+    for field, (place, next_step) in advice.items():
+        if place is not None and not place.startswith(("s3://", "hf://")):
+            raise SpecError(
+                f"{field} {place!r} is a path of this machine, which {target} does not see.", next_step=next_step
+            )

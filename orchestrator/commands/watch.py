@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -217,6 +218,8 @@ class _Bar:
             self._progress.update(self._task, description=event["stage"], total=None, completed=0, figures="")
         elif kind == "stage_done":
             self._print(f"{event['stage']:<9} {event['seconds']:7.1f} s")
+        elif kind == "dataset":
+            self._dataset(event["counts"])
         elif kind == "training":
             self._first_step = (event["time_s"], event["first_step"])
             self._total_steps = self._printed_step = event["total_steps"]
@@ -236,6 +239,21 @@ class _Bar:
             self._print(f"a node is about to be taken away, a checkpoint is made: {', '.join(event['nodes'])}")
         elif kind == "stopping":
             self._print(f"stopping: {event['reason']}")
+
+    def _dataset(self, counts: dict[str, int]) -> None:
+        """What became of the source's records, where they were counted: those of running text are not."""
+        samples = [counts.get(f"{split}.samples", 0) for split in ("train", "eval")]
+        if not any(samples):
+            return
+        told = f"{samples[0]:,} samples to train on, {samples[1]:,} held out"
+        cut = sum(count for what, count in counts.items() if what.endswith(".truncated"))
+        skipped = Counter[str]()
+        for what, count in counts.items():
+            _, is_skipped, reason = what.partition("skipped_")
+            skipped.update({reason: count} if is_skipped else {})
+        told += f", {cut:,} cut to data.sequence_length" if cut else ""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
+        self._print(f"{told}; skipped: {reasons}" if reasons else told)
 
     def _step(self, event: dict[str, Any]) -> None:
         figures = (

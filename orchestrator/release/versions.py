@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from orchestrator.checkpoint.adapter import BaseReference
 from orchestrator.errors import EnvironmentUnusable, IntegrityError, NotFound
 from orchestrator.spec import canonical_json
 from orchestrator.store import layout
@@ -63,6 +64,8 @@ class Version(_Frozen):
     evaluation: dict[str, Any]
     gate: dict[str, Any]
     files: Annotated[dict[str, VersionFile], Field(min_length=1)]
+    base: BaseReference | None = None
+    """The pretrained weights without which the files are no model: they hold an adapter alone."""
     created_s: float
     nonce: str
 
@@ -71,6 +74,10 @@ class Version(_Frozen):
     def _plain_names(cls, files: dict[str, VersionFile]) -> dict[str, VersionFile]:
         check_names(files)
         return files
+
+    def document(self) -> dict[str, Any]:
+        """The version as it is stored. A whole model says nothing of a base, so that older readers take it."""
+        return self.model_dump(mode="json", exclude={"base"} if self.base is None else set())
 
     @property
     def name(self) -> str:
@@ -123,7 +130,7 @@ def publish(store: Store, version: Version) -> None:
     owner = claim.get("run_id", version.run_id) if isinstance(claim, dict) else None
     if owner != version.run_id:
         raise IntegrityError(f"{version.name} cannot be published by run {version.run_id}: {owner} claimed it.")
-    store.create_json(layout.version_manifest(version.model, version.number), version.model_dump(mode="json"))
+    store.create_json(layout.version_manifest(version.model, version.number), version.document())
 
 
 def read_version(store: Store, model: str, number: int) -> Version:

@@ -42,11 +42,19 @@ def offences(source: str) -> list[str]:
         elif isinstance(node, ast.Attribute):
             dotted = _full_name(ast.unparse(node), aliases)
             found += [dotted] if dotted in CALLS or node.attr in COLLECTIVES else []
-        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             found += [node.arg] if not (isinstance(node.value, ast.Constant) and node.value.value is False) else []
+        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            found += [node.arg] if not _is_untrusted(node.value) else []
         elif isinstance(node, ast.keyword) and node.arg in ("weights_only", "use_safetensors"):
             found += [node.arg] if not (isinstance(node.value, ast.Constant) and node.value.value is True) else []
     return found
+
+
+def _is_untrusted(value: ast.expr) -> bool:
+    """Whether foreign code may run only as far as the run file says so, whose field has this very name."""
+    is_false = isinstance(value, ast.Constant) and value.value is False
+    return is_false or re.fullmatch(r"(?:\w+\.)*trust_remote_code", ast.unparse(value)) is not None
 
 
 def _full_name(dotted: str, aliases: dict[str, str]) -> str:
@@ -94,6 +102,8 @@ def test_every_model_is_read_as_safetensors() -> None:
         "from torch.distributed import gather_object",
         "AutoModel.from_pretrained(x, use_safetensors=False)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "AutoModel.from_pretrained(x, trust_remote_code=flag)",
+        "AutoModel.from_pretrained(x, trust_remote_code=trust_remote_code or True)",
     ],
 )
 def test_the_walk_sees(source: str) -> None:
