@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
@@ -12,13 +11,11 @@ from orchestrator.pretrained.source import list_base
 from orchestrator.store import open_store
 from workloads.fetch_base import as_ray_tasks, fetch_base, one_by_one
 
-MIB = 2**20
-
 
 def main(uri: str, store_uri: str, where: str = "") -> None:
     store = open_store(store_uri)
     source = list_base(uri, store)  # the client's own code is loaded by now, and small files were read
-    before_bytes = _resident_bytes()
+    before_kib = _memory_kib("VmRSS")
     try:
         if where == "ray":
             fetched = _on_ray(source, store)
@@ -27,11 +24,10 @@ def main(uri: str, store_uri: str, where: str = "") -> None:
     except HeadwayError as e:
         print(json.dumps({"error": type(e).__name__, "message": e.message, "next_step": e.next_step}))
         return
-    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {
         "prefix": fetched.prefix,
         "fingerprint": fetched.fingerprint,
-        "grown_mib": (peak_bytes - before_bytes) / MIB,
+        "grown_mib": (_memory_kib("VmHWM") - before_kib) / 1024,
         "modules": [name for name in ("torch", "transformers", "ray") if name in sys.modules],
     }
     print(json.dumps(facts))
@@ -50,9 +46,10 @@ def _on_ray(source, store):
         ray.shutdown()
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _memory_kib(name: str) -> int:
+    """A line of the kernel's account of this process. getrusage's maximum would count the parent's before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import nn
 
 from workloads.fetch_gguf import narrow
 
-BRAIN = torch.tensor([1.0, -3.0e38, 2.0**-100])
+BRAIN = torch.tensor([1.0, -(2.0**120), 2.0**-100])
 HALF = torch.tensor([1.0 + 2.0**-10, 2.0**-24])
 WIDE = torch.tensor([1.0 + 2.0**-20, 2.0])
 
