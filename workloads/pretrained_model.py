@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from orchestrator.checkpoint.adapter import BaseReference, LoraPair, plain_name
+from orchestrator.checkpoint.adapter import LoraPair, plain_name
 from orchestrator.checkpoint.base import Origin
 from orchestrator.errors import SpecError
 from orchestrator.pretrained.format import BaseManifest
@@ -58,11 +58,15 @@ def check(task: Task) -> None:
         _require_targets(model, task.context.lora)
 
 
+def is_whole(task: Task) -> bool:
+    """Whether the base holds all of the task's model, so that it can do the task before it is trained."""
+    return not _lacking(_skeleton(task), task)
+
+
 def origin_of(model: nn.Module, manifest: BaseManifest) -> Origin:
     """Where the parameters of a model that :func:`build` made come from. To be asked before its engine cuts them."""
     tensors = {name: found for name, _, found in _lookup(model, manifest) if found is not None}
-    reference = BaseReference(fingerprint=manifest.fingerprint, digest=manifest.digest)
-    return Origin(base=reference, tensors=tensors, lora=dict(_pairs(model)))
+    return Origin(base=manifest.reference, tensors=tensors, lora=dict(_pairs(model)))
 
 
 def adapter_config(task: Task, *, base_name: str) -> Any:

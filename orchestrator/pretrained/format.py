@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from orchestrator.checkpoint.adapter import BaseReference
 from orchestrator.checkpoint.catalog import reread
 from orchestrator.checkpoint.format import (
     DTYPE_BYTES,
@@ -107,6 +108,11 @@ class BaseManifest(_Frozen):
             raise ValueError(f"tensor {name}: there is no such shape")
         if tensor.offset < 0 or tensor.offset + tensor.size_bytes > self.weights[tensor.file].size_bytes:
             raise ValueError(f"tensor {name} lies outside {tensor.file}")
+
+    @property
+    def reference(self) -> BaseReference:
+        """What checkpoints and versions refer to it by."""
+        return BaseReference(fingerprint=self.fingerprint, digest=self.digest)
 
     @property
     def digest(self) -> str:
