@@ -58,7 +58,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     seed = secrets.randbits(32)
     dashboard = ports.choose([], taken=[], seed=seed)
     serve = ports.choose([], taken=[dashboard], seed=seed)
-    options = local.StackOptions(dashboard_port=dashboard, serve_port=serve, num_cpus=2)
+    # Two workers, and a CPU for what is served meanwhile, as an embedded stack has by itself.
+    options = local.StackOptions(dashboard_port=dashboard, serve_port=serve, num_cpus=3)
     try:
         yield local.up(directory, options, lambda _: None)
     finally:
