@@ -360,6 +360,46 @@ def done(store: MemoryStore) -> None:
     commit_outcome(store, Outcome(run_id=RUN, state="done", attempt=2, ended_s=1.0))
 
 
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({}, ""),
+        (
+            {"train.samples": 1200, "eval.samples": 40, "train.padding_tokens": 9},
+            "1,200 samples to train on, 40 held out",
+        ),
+        (
+            {
+                "train.samples": 8,
+                "train.truncated": 2,
+                "eval.truncated": 1,
+                "train.skipped_too_long": 3,
+                "eval.skipped_too_long": 1,
+                "skipped_not_json": 5,
+            },
+            "8 samples to train on, 0 held out, 3 cut to data.sequence_length; skipped: 5 not_json, 4 too_long",
+        ),
+    ],
+)
+def test_what_became_of_the_records_is_said(
+    memory_store: MemoryStore, capsys: pytest.CaptureFixture[str], counts: dict[str, int], line: str
+) -> None:
+    target = FakeTarget()
+    target.jobs[JOB] = GOING
+
+    def prepare() -> None:
+        log = EventLog(memory_store, claimed(memory_store, RUN, JOB), "pipeline")
+        log.append("dataset", fingerprint="0123456789abcdef", counts=counts)
+        log.close()
+
+    def succeed() -> None:
+        done(memory_store)
+        target.jobs[JOB] = SUCCEEDED
+
+    watched(memory_store, target, prepare, lambda: None, succeed)
+    assert capsys.readouterr().err.strip() == line
+
+
 @pytest.mark.parametrize("state", ["failed", "stopped"])
 def test_a_job_that_is_started_again_is_watched_on(memory_store: MemoryStore, state: str) -> None:
     target = FakeTarget()
