@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.dataset.format import DatasetManifest, Tokenizer, TokenizerFile
-from orchestrator.errors import IntegrityError, SpecError
+from orchestrator.errors import IntegrityError
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
 
@@ -29,20 +29,3 @@ def fetch_tokenizer_files(store: Store, prefix: str, tokenizer: Tokenizer, folde
         data = store.get_verified(prefix + name, sha256=entry.sha256, size_bytes=entry.size_bytes)
         (folder / name).write_bytes(data)
     return folder
-
-
-def require_vocabulary(manifest: DatasetManifest, vocab_size: int) -> None:
-    """Refuse tokens that the model has no embedding for.
-
-    Args:
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        SpecError: the tokenizer's ids go beyond it.
-    """
-    if manifest.tokenizer.vocab_size > vocab_size:
-        raise SpecError(
-            f"data: the tokenizer of {manifest.name}@{manifest.fingerprint} has "
-            f"{manifest.tokenizer.vocab_size} tokens, but the model's embedding has {vocab_size} rows.",
-            next_step="Use the tokenizer that the model was pretrained with, or set model.architecture.vocab_size.",
-        )

@@ -24,7 +24,7 @@ from tests.unit.workloads.preparing import json_lines
 from workloads.prepare import part_jobs, prepare, prepare_part, split_by_record
 from workloads.prepare.vocabulary import load_tokenizer
 
-LENGTH = 127
+LENGTH = 255
 TOKENIZER_FINGERPRINT = "0011223344556677"
 
 
@@ -98,6 +98,7 @@ def test_conversations_are_prepared_by_tasks_as_by_one_process(store: Store, bas
     assert len(manifest.train.shards) == files[0].size_bytes // 2**20 > 1
     counts = manifest.counts
     assert counts["train.samples"] + counts["eval.samples"] == 16_000
+    assert not any(what.endswith(".truncated") for what in counts)
 
     alone = open_store(f"{store.uri}/alone")
     prefix = layout.dataset("chats", manifest.fingerprint)

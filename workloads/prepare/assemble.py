@@ -36,7 +36,7 @@ def assemble(
     Raises:
         RunError: too much of the source is bad, or a split is empty.
     """
-    skipped = [path for part in parts for path in part.unreadable]
+    skipped = [f"{file.path}: {file.why}" for part in parts for file in part.unreadable]
     _require_files(data, skipped, files)
     _require_records(parts)
     size = len(classes) or tokenizer.vocab_size
@@ -81,7 +81,7 @@ def _require_files(data: DataSpec, skipped: list[str], files: list[SourceFile]) 
     if len(skipped) > max(1, _MAX_SKIPPED * len(files)):
         raise RunError(
             f"data: {len(skipped)} of {len(files)} files are not {data.format} in UTF-8 "
-            f"(at most {_MAX_SKIPPED:.0%} may be): {', '.join(skipped[:3])}, …",
+            f"(at most {_MAX_SKIPPED:.0%} may be): {'; '.join(skipped[:3])}.",
             next_step="Narrow data.train to the files meant, or set data.format.",
         )
 
@@ -111,16 +111,20 @@ def _named(parts: Sequence[Part]) -> list[str]:
     before: Counter[str] = Counter()  # lines of a file's slices in earlier parts
     named = []
     for part in parts:
-        named += [f"{bad.path}:{before[bad.path] + bad.line} {REASONS[bad.reason]}" for bad in part.bad]
+        for bad in part.bad:
+            detail = f": {bad.detail}" if bad.detail else ""
+            named.append(f"{bad.path}:{before[bad.path] + bad.line} {REASONS[bad.reason]}{detail}")
         before.update(part.lines)
     return named[:_MAX_NAMED]
 
 
-def _skipped(parts: Sequence[Part], name: SplitName) -> list[tuple[str, int]]:
+def _left_out(parts: Sequence[Part], name: SplitName) -> list[str]:
+    """What a split lacks, records and files, in words."""
     counts: Counter[str] = Counter()
     for part in parts:
         counts.update({what: count for what, count in part.counts.items() if what.startswith(f"{name}.skipped_")})
-    return sorted(counts.items())
+    told = [f"{count} {what.split('skipped_')[-1]}" for what, count in sorted(counts.items())]
+    return told + [f"{file.path}: {file.why}" for part in parts for file in part.unreadable][:1]
 
 
 def _frequencies(parts: Sequence[Part], split: SplitName, size: int) -> npt.NDArray[np.float64]:
@@ -135,7 +139,7 @@ def _split(parts: Sequence[Part], name: SplitName) -> Split:
     mine = [part.splits[name] for part in parts]
     shards = tuple(part.shard for part in mine if part.shard is not None)
     if not shards:
-        left_out = [f"{count} {what.split('skipped_')[-1]}" for what, count in _skipped(parts, name)]
+        left_out = _left_out(parts, name)
         raise RunError(
             f"data: the {name} split holds no text{' (left out: ' + ', '.join(left_out) + ')' if left_out else ''}.",
             next_step="Use more data, another data.eval_fraction, or a larger data.sequence_length.",

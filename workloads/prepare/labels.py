@@ -121,7 +121,7 @@ def _texts(job: PartJob, store: Store, tally: Tally) -> Iterator[Sample]:
         try:
             found = labelled_of(record, job.data)
         except Unusable as e:
-            tally.skip(file, line, e.reason)
+            tally.skip(file, line, e)
         else:
             yield file, line, found
 
@@ -129,10 +129,10 @@ def _texts(job: PartJob, store: Store, tally: Tally) -> Iterator[Sample]:
 def _is_kept(job: PartJob, file: SourceFile, line: int, split: SplitName, encoding: Any, tally: Tally) -> bool:
     is_long = bool(encoding.overflowing)
     if is_long and job.data.long_samples == "skip":
-        tally.skip(file, line, "too_long", split=split, bad=False)
+        tally.skip(file, line, Unusable("too_long"), split=split, bad=False)
         return False
     if not encoding.ids:
-        tally.skip(file, line, "no_text", split=split)
+        tally.skip(file, line, Unusable("no_text"), split=split)
         return False
     tally.counts[f"{split}.samples"] += 1
     tally.counts[f"{split}.truncated"] += is_long

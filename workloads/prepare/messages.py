@@ -18,6 +18,7 @@ from orchestrator.spec import canonical_json
 from orchestrator.store import Store
 from workloads.prepare.chat import ChatTemplate, Rendered, target_mask
 from workloads.prepare.documents import job_records
+from workloads.prepare.literals import Tokens, without_marks
 from workloads.prepare.parts import (
     SPLITS,
     Part,
@@ -32,13 +33,15 @@ from workloads.prepare.parts import (
 from workloads.prepare.records import Unusable, conversation_of
 from workloads.prepare.vocabulary import load_tokenizer, whole
 
-FIELDS = ["messages", "prompt", "completion"]
+FIELDS = ["messages", "prompt", "completion", "tools"]
 _BATCH = 256  # conversations tokenized at once
+_loaded: dict[str, ChatTemplate] = {}
+"""The newest in this process, by the digests of its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Waiting:
-    """A conversation that is to be tokenized."""
+    """A conversation, or its beginning, that is to be tokenized."""
 
     file: SourceFile
     line: int
@@ -57,16 +60,14 @@ class Encoded:
 
 def messages_part(job: PartJob, store: Store) -> Part:
     """One part of the source as one shard of rows per split."""
-    with tempfile.TemporaryDirectory(prefix="headway-tokenizer-") as folder:
-        tokenizer = load_tokenizer(fetch_tokenizer_files(store, job.prefix, job.tokenizer, Path(folder)))
-    backend = whole(tokenizer.backend_tokenizer)
+    template = _template(job, store)
     tally = Tally()
     kept: dict[SplitName, list[Encoded]] = {split: [] for split in SPLITS}
     files: dict[SplitName, dict[str, None]] = {split: {} for split in SPLITS}
-    for batch in batched(_conversations(job, store, ChatTemplate(tokenizer), tally), _BATCH):
-        encodings = backend.encode_batch([one.rendered.text for one in batch], add_special_tokens=False)
-        for one, encoding in zip(batch, encodings, strict=True):
-            encoded = _fit(job, one, encoding, tally)
+    for batch in batched(_conversations(job, store, template, tally), _BATCH):
+        all_tokens = template.literals.encode_batch([one.rendered.text for one in batch])
+        for one, tokens in zip(batch, all_tokens, strict=True):
+            encoded = _fit(job, one, tokens, tally)
             if encoded is not None:
                 kept[one.split].append(encoded)
                 files[one.split][one.file.path] = None
@@ -74,15 +75,31 @@ def messages_part(job: PartJob, store: Store) -> Part:
     return tally.part(splits)
 
 
-def encode(rendered: Rendered, encoding: Any, *, row_tokens: int) -> Encoded:
-    """A tokenized conversation, cut to ``row_tokens``."""
-    offsets = encoding.offsets[:row_tokens]
+def _template(job: PartJob, store: Store) -> ChatTemplate:
+    """The chat template with its tokenizer, loaded once a process: it takes longer than some small parts do."""
+    files = job.tokenizer.model_dump_json()  # which holds their digests
+    if files not in _loaded:
+        with tempfile.TemporaryDirectory(prefix="headway-tokenizer-") as folder:
+            tokenizer = load_tokenizer(fetch_tokenizer_files(store, job.prefix, job.tokenizer, Path(folder)))
+        whole(tokenizer.backend_tokenizer)
+        _loaded.clear()
+        _loaded[files] = ChatTemplate(tokenizer)
+    return _loaded[files]
+
+
+def encode(rendered: Rendered, tokens: Any, *, row_tokens: int) -> Encoded:
+    """A conversation cut to ``row_tokens``.
+
+    Args:
+        tokens: of its text; a ``tokenizers.Encoding``, or :class:`~workloads.prepare.literals.Tokens`.
+    """
+    offsets = tokens.offsets[:row_tokens]
     mask = target_mask(offsets, rendered.spans)
     last = offsets[-1][1] if offsets else 0
     said = (rendered.text[start : min(end, last)] for start, end in rendered.spans)
     return Encoded(
-        entries=conversation_entries(encoding.ids[:row_tokens], mask),
-        target_bytes=sum(len(text.encode()) for text in said),
+        entries=conversation_entries(tokens.ids[:row_tokens], mask),
+        target_bytes=sum(len(without_marks(text).encode()) for text in said),
     )
 
 
@@ -93,24 +110,26 @@ def _conversations(job: PartJob, store: Store, template: ChatTemplate, tally: Ta
         try:
             conversation = conversation_of(record)
             split = job.split_of(file, canonical_json(conversation).decode())
-            rendered = template.render(conversation)
+            samples = template.samples(conversation)
         except Unusable as e:
-            tally.skip(file, line, e.reason, split=split)
-        else:
+            tally.skip(file, line, e, split=split)
+            continue
+        tally.counts[f"{split}.divided"] += len(samples) > 1
+        for rendered in samples:
             yield _Waiting(file=file, line=line, split=split, rendered=rendered)
 
 
-def _fit(job: PartJob, one: _Waiting, encoding: Any, tally: Tally) -> Encoded | None:
+def _fit(job: PartJob, one: _Waiting, tokens: Tokens, tally: Tally) -> Encoded | None:
     """The conversation as it fits a row, or None where it is left out."""
     row_tokens = job.data.sequence_length + 1
-    is_long = len(encoding.ids) > row_tokens
+    is_long = len(tokens.ids) > row_tokens
     if is_long and job.data.long_samples == "skip":
-        tally.skip(one.file, one.line, "too_long", split=one.split, bad=False)
+        tally.skip(one.file, one.line, Unusable("too_long"), split=one.split, bad=False)
         return None
-    encoded = encode(one.rendered, encoding, row_tokens=row_tokens)
+    encoded = encode(one.rendered, tokens, row_tokens=row_tokens)
     found = num_targets(encoded.entries)
     if not found:
-        tally.skip(one.file, one.line, "no_target_left", split=one.split, bad=not is_long)
+        tally.skip(one.file, one.line, Unusable("no_target_left"), split=one.split, bad=not is_long)
         return None
     tally.counts[f"{one.split}.samples"] += 1
     tally.counts[f"{one.split}.truncated"] += is_long

@@ -16,6 +16,7 @@ from orchestrator.dataset.format import Shard, Tokenizer, is_held_out
 from orchestrator.dataset.source import Slice, SourceFile
 from orchestrator.spec import DataSpec
 from orchestrator.store import Store
+from workloads.prepare.records import Unusable
 
 _MIN_PART_BYTES, _MAX_PART_BYTES, _PARTS = 2**20, 128 * 2**20, 16
 _MAX_NAMED = 20  # bad records that are named
@@ -72,14 +73,20 @@ class BadRecord(_Frozen):
     line: int
     """From 1 within the slice; the row of a Parquet file."""
     reason: str
+    detail: str = ""
+
+
+class BadFile(_Frozen):
+    path: str
+    why: str
 
 
 class Part(_Frozen):
     """What became of one part."""
 
     splits: dict[SplitName, SplitPart]
-    unreadable: tuple[str, ...] = ()
-    """Files that are not what the format says, as a whole."""
+    unreadable: tuple[BadFile, ...] = ()
+    """Files that are not what the format says, each left out as a whole."""
     counts: dict[str, int] = {}
     bad: tuple[BadRecord, ...] = ()
     """The first few."""
@@ -95,24 +102,29 @@ class Tally:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()
-        self.unreadable: list[str] = []
         self.num_records = 0
+        self._unreadable: list[BadFile] = []
         self._bad: list[BadRecord] = []
         self._num_bad = 0
 
     def skip(
-        self, file: SourceFile, line: int, reason: str, *, split: SplitName | None = None, bad: bool = True
+        self, file: SourceFile, line: int, why: Unusable, *, split: SplitName | None = None, bad: bool = True
     ) -> None:
         """Count a record that is left out. ``bad``: it is at fault itself, and not just longer than a sample."""
-        self.counts[f"{split}.skipped_{reason}" if split else f"skipped_{reason}"] += 1
+        self.counts[f"{split}.skipped_{why.reason}" if split else f"skipped_{why.reason}"] += 1
         self._num_bad += bad
         if bad and len(self._bad) < _MAX_NAMED:
-            self._bad.append(BadRecord(path=file.path, line=line, reason=reason))
+            self._bad.append(BadRecord(path=file.path, line=line, reason=why.reason, detail=why.detail))
+
+    def skip_file(self, file: SourceFile, why: str) -> None:
+        """Count a file that is left out as a whole."""
+        self.counts["skipped_unreadable_file"] += 1
+        self._unreadable.append(BadFile(path=file.path, why=why))
 
     def part(self, splits: dict[SplitName, SplitPart]) -> Part:
         return Part(
             splits=splits,
-            unreadable=tuple(self.unreadable),
+            unreadable=tuple(self._unreadable),
             counts=dict(sorted(self.counts.items())),
             bad=tuple(self._bad),
             num_bad=self._num_bad,

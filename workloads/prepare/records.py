@@ -9,7 +9,9 @@ from orchestrator.spec import DataSpec
 Conversation = list[dict[str, str]]
 """Messages, each a ``role`` and its ``content``."""
 
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_NONE_OF_THEM: tuple[object, ...] = (None, [], {}, "", "[]")  # how a record says that it has no tools
+_DETAIL = 100  # characters that are told of a value
 
 REASONS = {
     "not_utf8": "is not UTF-8",
@@ -19,12 +21,12 @@ REASONS = {
     "no_messages": "has neither messages nor prompt and completion",
     "bad_message": "has a message without a role and a content that are text",
     "unknown_role": f"has a message of a role other than {', '.join(_ROLES)}",
-    "tool_calls": "has tool calls, which are not learned",
+    "tools": "offers tools or calls them, which is not learned",
     "no_assistant_turn": "has no message of the assistant",
     "empty_answer": "has an empty message of the assistant",
     "assistant_first": "starts with the assistant, which the chat template has no prompt for",
     "template_refuses": "is refused by the chat template",
-    "template_rewrites_turns": "is written anew by the chat template as it grows, so that no turn can be told apart",
+    "template_rewrites_turns": "has a turn that does not begin with the prompt that the chat template asks for it by",
     "template_marks_nothing": "holds nothing that the chat template marks as generated",
     "no_target_left": "holds nothing to predict",
     "no_text": "has no text",
@@ -34,11 +36,16 @@ REASONS = {
 
 
 class Unusable(Exception):
-    """A record that gives no sample. ``reason`` is one of :data:`REASONS`."""
+    """A record that gives no sample.
 
-    def __init__(self, reason: str) -> None:
+    Args:
+        reason: one of :data:`REASONS`.
+        detail: what is said of this record beyond that; may be empty.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 def conversation_of(record: object) -> Conversation:
@@ -49,6 +56,8 @@ def conversation_of(record: object) -> Conversation:
     """
     if not isinstance(record, dict):
         raise Unusable("not_an_object")
+    if record.get("tools") not in _NONE_OF_THEM:
+        raise Unusable("tools")
     if record.get("messages") is not None:
         messages = record["messages"]
     elif record.get("prompt") is not None and record.get("completion") is not None:
@@ -74,15 +83,26 @@ def _turns(said: object, role: str) -> list[object]:
 def _message(message: object) -> dict[str, str]:
     if not isinstance(message, dict):
         raise Unusable("bad_message")
-    if message.get("tool_calls"):
-        raise Unusable("tool_calls")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
+    if message.get("tool_calls") not in _NONE_OF_THEM:
+        raise Unusable("tools")
+    role, content = message.get("role"), _content(message.get("content"))
+    if not isinstance(role, str):
         raise Unusable("bad_message")
     if role not in _ROLES:
-        raise Unusable("unknown_role")
+        raise Unusable("unknown_role", repr(role[:_DETAIL]))
     _require_text(content)
-    return {"role": role, "content": content}
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _content(content: object) -> str:
+    """A text, or a list of parts of which all are text."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if not parts or len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise Unusable("bad_message")
+    return "".join(map(str, texts))
 
 
 @dataclass(frozen=True, kw_only=True)

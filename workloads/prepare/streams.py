@@ -20,10 +20,7 @@ def stream_part(job: PartJob, store: Store) -> Part:
     num_bytes: dict[SplitName, int] = dict.fromkeys(SPLITS, 0)
     files: dict[SplitName, list[str]] = {split: [] for split in SPLITS}
     tally = Tally()
-    for file, documents in read_documents(job.data, [piece.file for piece in job.slices], store):
-        if documents is None:
-            tally.unreadable.append(file.path)
-            continue
+    for file, documents in read_documents(job.data, [piece.file for piece in job.slices], store, bad=tally.skip_file):
         here = [job.split_of(file, text) for text in documents]
         for split in dict.fromkeys(here) if here else [job.split_of(file, "")]:
             files[split].append(file.path)

@@ -93,16 +93,16 @@ def _sample_files(data: DataSpec, by_hash: list[SourceFile], store: Store) -> It
         sample.append(file)
         total += file.size_bytes
     for _, documents in read_documents(data, sample, store):
-        yield from documents or ()
+        yield from documents
 
 
 def _texts(data: DataSpec, file: SourceFile, store: Store) -> Iterator[str]:
     if data.kind == "stream":
         for _, documents in read_documents(data, [file], store):
-            yield from documents or ()
+            yield from documents
         return
     for _, records in read_records(data, [Slice(file=file)], store, fields=[data.text_field, data.label_field or ""]):
-        for _, record in records or ():
+        for _, record in records:
             with contextlib.suppress(Unusable):  # counted where it is tokenized
                 yield labelled_of(record, data).text
 

@@ -227,12 +227,13 @@ def test_bad_files_are_counted_and_few_are_allowed(corpus: MemoryStore) -> None:
     corpus.at("corpus").upload("bad-0.py", b"\xff\xff")
     manifest, _, _ = prepared(corpus, data())
     assert (manifest.source["num_files"], manifest.source["num_skipped"]) == (21, 1)
-    assert manifest.source["skipped"] == ["bad-0.py"]
+    assert manifest.source["skipped"] == ["bad-0.py: it is not UTF-8"]
+    assert manifest.counts == {"skipped_unreadable_file": 1}
     assert manifest.train.num_files + manifest.eval.num_files == 20
     corpus.at("corpus").upload("bad-1.py", b"\xff\xff")
     with pytest.raises(RunError, match="2 of 22 files are not text in UTF-8") as caught:
         prepared(corpus, data(), prefix="again/")
-    assert "bad-0.py, bad-1.py" in caught.value.message
+    assert "bad-0.py: it is not UTF-8; bad-1.py: it is not UTF-8." in caught.value.message
 
 
 def test_half_a_surrogate_pair_costs_one_file_and_not_the_run(memory_store: MemoryStore) -> None:
@@ -241,7 +242,24 @@ def test_half_a_surrogate_pair_costs_one_file_and_not_the_run(memory_store: Memo
         memory_store.at("corpus").upload(f"{number:04d}.jsonl", line.encode())
     memory_store.at("corpus").upload("half.jsonl", b'{"text": "half a pair \\ud800"}')
     manifest, _, _ = prepared(memory_store, data(format="jsonl"))
-    assert manifest.source["skipped"] == ["half.jsonl"]
+    assert manifest.source["skipped"] == ["half.jsonl: line 1: it holds half a surrogate pair, which is no text"]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"text": "cut', "Unterminated string starting at in column 10"),
+        (b'{"body": "x"}', "it has no field 'text'"),
+        (b'{"text": 5}', "the text field holds int, not text"),
+        (b"[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_file(memory_store: MemoryStore, line: bytes, why: str) -> None:
+    memory_store.at("corpus").upload("all.jsonl", b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
+    spec = data(format="jsonl")
+    with pytest.raises(RunError, match="the train split holds no text") as caught:
+        prepared(memory_store, spec, num_parts=1)
+    assert f"all.jsonl: line 3: {why}" in caught.value.message
 
 
 def test_a_split_without_files_is_refused(corpus: MemoryStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,3 +68,20 @@ def parquet(records: list[dict[str, Any]]) -> bytes:
     out = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), out)
     return out.getvalue()
+
+
+def talk(number: int, *, words: int = 4) -> dict[str, Any]:
+    """A record of one to three turns, the same for the same number."""
+    said = random.Random(number)
+
+    def some() -> str:
+        return " ".join(said.choice(["alpha", "beta", "gamma", "delta", "ü", "🙂"]) for _ in range(words)) + str(number)
+
+    turns = [{"role": role, "content": some()} for _ in range(1 + number % 3) for role in ("user", "assistant")]
+    return {"messages": [{"role": "system", "content": "You are terse."}, *turns]}
+
+
+def put(store: MemoryStore, content: bytes, name: str = "all.jsonl") -> MemoryStore:
+    """The store with a source of this content."""
+    store.at("corpus").upload(name, content)
+    return store

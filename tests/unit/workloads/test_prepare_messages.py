@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from orchestrator.errors import RunError, SpecError
 from orchestrator.spec import DataSpec, canonical_json
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads import chat_templates as templates
-from tests.unit.workloads.preparing import json_lines, parquet, prepare_here
+from tests.unit.workloads.preparing import json_lines, parquet, prepare_here, put, talk
 from workloads.prepare import prepare
 from workloads.prepare.assemble import unigram_loss
 from workloads.prepare.records import REASONS
@@ -36,21 +34,6 @@ def data(**fields: Any) -> DataSpec:
     return DataSpec(
         train="s3://corpus/**", format="messages", **{"eval_fraction": 0.2, "sequence_length": 255, **fields}
     )
-
-
-def talk(number: int, *, words: int = 4) -> dict[str, Any]:
-    said = random.Random(number)
-
-    def some() -> str:
-        return " ".join(said.choice(["alpha", "beta", "gamma", "delta", "ü", "🙂"]) for _ in range(words)) + str(number)
-
-    turns = [{"role": role, "content": some()} for _ in range(1 + number % 3) for role in ("user", "assistant")]
-    return {"messages": [{"role": "system", "content": "You are terse."}, *turns]}
-
-
-def put(store: MemoryStore, content: bytes, name: str = "all.jsonl") -> MemoryStore:
-    store.at("corpus").upload(name, content)
-    return store
 
 
 def conversations(rows: Any, tokenizer: Any) -> list[tuple[str, str]]:
@@ -137,6 +120,30 @@ def test_prompt_and_completion_are_two_turns(base: Path, write: Any) -> None:
     assert shards[0] == shards[1] == shards[2]
 
 
+def test_what_says_the_same_gives_the_same_rows(base: Path) -> None:
+    """Contents as lists of texts, system by its newer name, empty tools, other fields, a mark at the file's start."""
+    plain = json_lines([talk(number) for number in range(40)])
+    changed = []
+    for record in [talk(number) for number in range(40)]:
+        messages = [
+            {
+                "role": {"system": "developer"}.get(message["role"], message["role"]),
+                "content": [
+                    {"type": "text", "text": part} for part in (message["content"][:3], message["content"][3:])
+                ],
+                "tool_calls": None,
+                "name": "someone",
+            }
+            for message in record["messages"]
+        ]
+        changed.append({"messages": messages, "tools": [], "id": 7})
+    first, second, third = (
+        prepare_here(data(), put(MemoryStore(), content), base).manifest.train.shards
+        for content in (plain, json_lines(changed), b"\xef\xbb\xbf" + plain)
+    )
+    assert first == second == third
+
+
 def test_what_follows_the_last_answer_is_not_kept(base: Path) -> None:
     records = [talk(number) for number in range(40)]
     longer = [{"messages": [*r["messages"], {"role": "user", "content": "thanks"}]} for r in records]
@@ -212,74 +219,6 @@ def test_where_all_are_too_long_that_is_said(memory_store: MemoryStore, base: Pa
     with pytest.raises(RunError, match=r"the train split holds no text \(left out: \d+ too_long\)") as caught:
         prepare_here(data(sequence_length=16, long_samples="skip"), memory_store, base)
     assert "sequence_length" in caught.value.next_step
-
-
-# -- bad records
-
-USER = {"role": "user", "content": "Hi"}
-SAYS = {"role": "assistant", "content": "Hello"}
-BAD: list[tuple[bytes, str]] = [
-    (b'{"messages": "caf\xe9"}', "not_utf8"),
-    (b'{"messages": [', "not_json"),
-    (b"[" * 100_000, "not_json"),
-    (b"null", "not_an_object"),
-    (b"[1]", "not_an_object"),
-    (b'{"text": "x"}', "no_messages"),
-    (b'{"prompt": "x"}', "no_messages"),
-    (b'{"messages": []}', "no_messages"),
-    (b'{"messages": "x"}', "no_messages"),
-    (b'{"messages": ["x"]}', "bad_message"),
-    (json.dumps({"messages": [USER, {"role": "assistant"}]}).encode(), "bad_message"),
-    (json.dumps({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}).encode(), "bad_message"),
-    (json.dumps({"messages": [{"role": "robot", "content": "x"}, SAYS]}).encode(), "unknown_role"),
-    (json.dumps({"messages": [USER, {**SAYS, "tool_calls": [{"name": "f"}]}]}).encode(), "tool_calls"),
-    (json.dumps({"messages": [USER]}).encode(), "no_assistant_turn"),
-    (json.dumps({"messages": [USER, {"role": "assistant", "content": " "}]}).encode(), "empty_answer"),
-    (json.dumps({"prompt": "x", "completion": ""}).encode(), "empty_answer"),
-    (json.dumps({"prompt": 5, "completion": "x"}).encode(), "bad_message"),
-    (b'{"prompt": "half \\ud800", "completion": "x"}', "not_text"),
-    (json.dumps({"messages": [SAYS, USER, SAYS]}).encode(), "assistant_first"),
-]
-
-
-@pytest.mark.parametrize(("line", "reason"), BAD)
-def test_a_bad_record_is_left_out_counted_and_named(
-    memory_store: MemoryStore, base: Path, line: bytes, reason: str
-) -> None:
-    good = json_lines([talk(number) for number in range(100)])
-    first, rest = good.split(b"\n", 1)
-    made = prepare_here(data(), put(memory_store, first + b"\n\n" + line + b"\n" + rest), base)
-    skipped = {name.split("skipped_")[-1]: count for name, count in made.manifest.counts.items() if "skipped_" in name}
-    assert skipped == {reason: 1}
-    assert made.manifest.source["bad_records"] == [f"all.jsonl:3 {REASONS[reason]}"]
-    assert (made.manifest.source["num_records"], made.manifest.source["num_bad_records"]) == (101, 1)
-    assert made.manifest.counts["train.samples"] + made.manifest.counts["eval.samples"] == 100
-
-
-def test_every_reason_is_one_that_is_explained() -> None:
-    assert {reason for _, reason in BAD} <= set(REASONS)
-
-
-def test_too_many_bad_records_fail_with_the_first_of_them(memory_store: MemoryStore, base: Path) -> None:
-    records: list[Any] = [talk(number) for number in range(250)]
-    records[10], records[20] = {"messages": [USER]}, {"text": "no conversation"}
-    made = prepare_here(data(), put(memory_store, json_lines(records)), base)
-    assert made.manifest.source["num_bad_records"] == 2
-    records[30] = {"messages": [USER]}
-    with pytest.raises(RunError, match=r"3 of 250 records cannot be used \(at most 1% may be\)") as caught:
-        prepare_here(data(), put(memory_store, json_lines(records)), base)
-    assert f"all.jsonl:11 {REASONS['no_assistant_turn']}; all.jsonl:21 {REASONS['no_messages']}" in caught.value.message
-    assert caught.value.next_step
-
-
-def test_a_parquet_file_that_is_none_is_skipped_and_two_fail(memory_store: MemoryStore, base: Path) -> None:
-    put(memory_store, parquet([talk(number) for number in range(60)]), "good.parquet")
-    put(memory_store, b"PAR1 nothing PAR1", "bad.parquet")
-    made = prepare_here(data(), memory_store, base)
-    assert made.manifest.source["skipped"] == ["bad.parquet"]
-    put(memory_store, parquet([{"other": "column"}]), "worse.parquet")
-    with pytest.raises(RunError, match="2 of 3 files"):
-        prepare_here(data(), memory_store, base)
 
 
 # -- the tokenizer
