@@ -241,19 +241,18 @@ class _Bar:
             self._print(f"stopping: {event['reason']}")
 
     def _dataset(self, counts: dict[str, int]) -> None:
-        """What became of the source's records, where they were counted: those of running text are not."""
+        """What became of the source's records. Those of running text are not counted, but files that were skipped."""
         samples = [counts.get(f"{split}.samples", 0) for split in ("train", "eval")]
-        if not any(samples):
-            return
-        told = f"{samples[0]:,} samples to train on, {samples[1]:,} held out"
-        cut = sum(count for what, count in counts.items() if what.endswith(".truncated"))
-        skipped = Counter[str]()
+        told = [f"{samples[0]:,} samples to train on, {samples[1]:,} held out"] if any(samples) else []
+        sums = Counter[str]()
         for what, count in counts.items():
-            _, is_skipped, reason = what.partition("skipped_")
-            skipped.update({reason: count} if is_skipped else {})
-        told += f", {cut:,} cut to data.sequence_length" if cut else ""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common())
-        self._print(f"{told}; skipped: {reasons}" if reasons else told)
+            sums[what.rpartition(".")[2]] += count
+        told += [f"{sums['truncated']:,} cut to data.sequence_length"] if sums["truncated"] else []
+        told += [f"{sums['divided']:,} learned turn by turn"] if sums["divided"] else []
+        skipped = {what.removeprefix("skipped_"): n for what, n in sums.most_common() if what.startswith("skipped_")}
+        told += ["skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())] if skipped else []
+        if told:
+            self._print("; ".join(told))
 
     def _step(self, event: dict[str, Any]) -> None:
         figures = (

@@ -377,8 +377,9 @@ def done(store: MemoryStore) -> None:
                 "eval.skipped_too_long": 1,
                 "skipped_not_json": 5,
             },
-            "8 samples to train on, 0 held out, 3 cut to data.sequence_length; skipped: 5 not_json, 4 too_long",
+            "8 samples to train on, 0 held out; 3 cut to data.sequence_length; skipped: 5 not_json, 4 too_long",
         ),
+        ({"skipped_unreadable_file": 2}, "skipped: 2 unreadable_file"),
     ],
 )
 def test_what_became_of_the_records_is_said(
