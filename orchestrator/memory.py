@@ -6,7 +6,9 @@ b rows of a micro-batch, s tokens a row, h hidden size, i size of the MLP betwee
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 
@@ -104,6 +106,7 @@ def estimate_memory(
     sequence_length: int,
     gpu: bool,
     activation_checkpointing: bool = False,
+    deepspeed: Mapping[str, Any] = MappingProxyType({}),
     device_limit_bytes: int | None = None,
     host_limit_bytes: int | None = None,
 ) -> MemoryEstimate:
@@ -114,7 +117,9 @@ def estimate_memory(
       (Rajbhandari et al. 2020, "ZeRO", sec. 3 and 5). In fp32 stage 0 has no master (4 + 4 + 8); the other stages
       keep one although it equals the weights, because DeepSpeed clones it (stage_1_and_2.py).
     - stage 3 gathers parameters to compute: at most ``MAX_LIVE_ELEMENTS`` of them, and at least the largest.
-    - one bucket of gradients on its way to the other ranks: d·min(T, ``MAX_BUCKET_ELEMENTS``).
+    - one bucket of gradients on its way to the other ranks: d·min(T, ``MAX_BUCKET_ELEMENTS``). Two at stages 1
+      and 2 on GPUs, where the next is filled meanwhile (stage_1_and_2.py).
+    - train.deepspeed may set the sizes of both.
     - offload cpu moves the optimizer's share to the host, beside a fp32 copy of the gradients' share.
     - activations, per layer: 34·s·b·h bytes at d = 2 (Korthikanti et al. 2022, "Reducing Activation Recomputation",
       eq. 1), without its attention scores, 5·a·s²·b, because transformers computes attention with SDPA, which does
@@ -124,22 +129,23 @@ def estimate_memory(
     - with activation checkpointing, per layer only its input, d·s·b·h, and all of the one layer that is computed again.
     - adapters keep the inputs of the layers that they adapt, as those layers themselves would, so the sum is the same.
     - logits: b·s·V·(d + 4 + 4), in the model's precision, in fp32 for the loss, and their gradient.
-    - the optimizer's step, which comes after the activations are gone: its fp32 gradients, 4·T/N, and on CPUs two
-      temporaries of torch's AdamW of that size. Only what exceeds activations and logits is added.
+    - the optimizer's step, which comes after the activations are gone: its fp32 gradients, 4·T/N. It is a fused one,
+      without temporaries. Only what exceeds activations and logits is added.
     - the checkpoint's host buffers: 12 bytes per parameter that the rank owns.
-    - ``OVERHEAD`` on the sum. Measured, estimate over peak resident memory of a 21 M-parameter Llama in fp32, on 2 CPU
-      workers at stages 0, 1, 2, 3 without checkpoints: 1.07, 1.01, 1.01, 0.95.
+    - ``OVERHEAD`` on the sum, mostly for holes in the heap. Measured, estimate over peak resident memory in fp32, 2 CPU
+      workers: of a 21 M-parameter Llama at stages 0, 1, 2, 3 without checkpoints 1.07, 1.01, 1.01, 0.95; of a full
+      fine-tune of SmolLM2-135M at stage 3 with checkpoints 0.97, with activation checkpointing 0.85, with LoRA 0.90 and
+      0.79 (tests/bench/plan_memory.py). Adapters leave more holes, as their outputs come and go.
     """
     number_bytes = 4 if precision == "fp32" else 2
     place: Place = "device" if gpu else "host"
     parts = _states(size, zero, number_bytes, world_size, place)
+    parts += _passing(size, zero, number_bytes, place, deepspeed.get("zero_optimization", {}))
     computing, not_counted = _activations(
         size, number_bytes, micro_rows * sequence_length, place, checkpointing=activation_checkpointing
     )
     parts += computing
-    step_bytes = (
-        0 if zero.offload == "cpu" else (4 if gpu else 12) * _share(size.num_trainable, world_size, zero.stage >= 1)
-    )
+    step_bytes = 0 if zero.offload == "cpu" else 4 * _share(size.num_trainable, world_size, zero.stage >= 1)
     above = step_bytes - sum(part.num_bytes for part in computing)
     parts.append(MemoryPart(label="optimizer step, above activations", place=place, num_bytes=max(0, above)))
     snapshot_bytes = STATE_BYTES * _share(size.num_trainable, world_size, zero.stage >= 1)
@@ -169,16 +175,36 @@ def _states(size: ModelSize, zero: ZeroSpec, number_bytes: int, world_size: int,
     trainable, owned = size.num_trainable, _share(size.num_trainable, world_size, zero.stage >= 1)
     optimizer_bytes = 8 if zero.stage == 0 and number_bytes == 4 else STATE_BYTES
     optimizer_place: Place = "host" if zero.offload == "cpu" else place
-    gathered = min(size.num_parameters, max(MAX_LIVE_ELEMENTS, size.largest_parameter)) if zero.stage == 3 else 0
     counts: list[tuple[str, Place, int]] = [
         ("parameters", place, number_bytes * _share(size.num_parameters, world_size, zero.stage == 3)),
-        ("gathered parameters", place, number_bytes * gathered),
         ("gradients", place, number_bytes * _share(trainable, world_size, zero.stage >= 2)),
-        ("gradient bucket", place, number_bytes * bucket_elements(trainable) if trainable else 0),
         ("optimizer state", optimizer_place, optimizer_bytes * owned),
         ("offloaded gradients", "host", 4 * owned if zero.offload == "cpu" else 0),
     ]
     return [MemoryPart(label=label, place=where, num_bytes=num_bytes) for label, where, num_bytes in counts]
+
+
+def _passing(
+    size: ModelSize, zero: ZeroSpec, number_bytes: int, place: Place, settings: Mapping[str, Any]
+) -> list[MemoryPart]:
+    """What ZeRO holds for a while in every step.
+
+    Args:
+        settings: the run file's own of DeepSpeed's ``zero_optimization``.
+    """
+    live = _number(settings, "stage3_max_live_parameters", MAX_LIVE_ELEMENTS)
+    gathered = min(size.num_parameters, max(live, size.largest_parameter)) if zero.stage == 3 else 0
+    bucket = _number(settings, "reduce_bucket_size", bucket_elements(size.num_trainable)) if size.num_trainable else 0
+    num_buckets = 2 if zero.stage in (1, 2) and settings.get("overlap_comm", place == "device") else 1
+    return [
+        MemoryPart(label="gathered parameters", place=place, num_bytes=number_bytes * gathered),
+        MemoryPart(label="gradient bucket", place=place, num_bytes=number_bytes * bucket * num_buckets),
+    ]
+
+
+def _number(settings: Mapping[str, Any], name: str, default: int) -> int:
+    value = settings.get(name)
+    return int(value) if isinstance(value, int | float) and value >= 0 else default
 
 
 def _activations(

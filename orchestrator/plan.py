@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fractions
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -89,6 +90,9 @@ class Plan(_Frozen):
     cpus_per_worker: int
     zero: ZeroSpec
     precision: Precision
+    activation_checkpointing: bool = False
+    deepspeed: dict[str, Any] = {}
+    """The run file's own settings of DeepSpeed."""
     num_steps: int | None
     """None while it follows from a count of samples that only ``prepare`` brings."""
     size: ModelSize | None
@@ -131,9 +135,12 @@ class Plan(_Frozen):
             ("ZeRO", f"stage {self.zero.stage}{offload}"),
             ("precision", self.precision),
         ]
+        if self.activation_checkpointing:
+            rows.append(("activations", "computed again in the backward pass"))
+        if self.deepspeed:
+            rows.append(("DeepSpeed", ", ".join(_settings(self.deepspeed))))
         if self.size is not None:
-            frozen = self.size.num_parameters - self.size.num_trainable
-            rows.append(("parameters", f"{self.size.num_parameters:,}" + (f", {frozen:,} frozen" if frozen else "")))
+            rows.append(("parameters", _parameters(self.size)))
         if self.memory is None:
             return [*rows, ("memory per worker", f"unknown: {self.memory_note}")]
         return rows + _memory_lines(self.memory)
@@ -175,6 +182,7 @@ def plan(
             sequence_length=sequence_length,
             gpu=gpu,
             activation_checkpointing=train.activation_checkpointing,
+            deepspeed=train.deepspeed,
             device_limit_bytes=capacity.device_memory_bytes,
             host_limit_bytes=None if host_bytes is None else host_bytes // num_workers,
         )
@@ -185,6 +193,8 @@ def plan(
         cpus_per_worker=resources.cpus_per_worker,
         zero=train.zero,
         precision=precision,
+        activation_checkpointing=train.activation_checkpointing,
+        deepspeed=train.deepspeed,
         num_steps=num_steps(train, num_samples, sequence_length=sequence_length),
         size=size,
         memory=memory,
@@ -315,6 +325,20 @@ def _memory_lines(memory: MemoryEstimate) -> list[tuple[str, str]]:
             rows += [(f"  {part.label}", human_bytes(part.num_bytes)) for part in memory.parts if part.place == place]
     missing = f" (not counted: {', '.join(memory.not_counted)})" if memory.not_counted else ""
     return [*rows, ("memory", verdict + missing)]
+
+
+def _parameters(size: ModelSize) -> str:
+    trained = f", of which {size.num_trainable:,} are trained" if size.num_trainable < size.num_parameters else ""
+    return f"{size.num_parameters:,}{trained}"
+
+
+def _settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """``name value`` of each, with a dotted name where it lies deeper."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} {json.dumps(value)}"
 
 
 def _count(number: int, noun: str) -> str:

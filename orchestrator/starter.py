@@ -5,9 +5,9 @@ from __future__ import annotations
 STARTER = """\
 apiVersion: headway/v1          # the version of this file's format
 name: my-model                  # a-z, 0-9 and dashes, at most 31 characters; the run is called name-<digest>
-task: causal-lm                 # a built-in task, or module:Class in your working directory
+task: causal-lm                 # or sequence-classification, or module:Class in your working directory
 
-model:
+model:                          # give exactly one of architecture and pretrained
   architecture:                 # any transformers architecture, trained from scratch, in the words of its config
     model_type: llama
     hidden_size: 256
@@ -15,12 +15,21 @@ model:
     num_hidden_layers: 4
     num_attention_heads: 4
   # init_from: RUN-ID@STEP      # start from the weights of another run's checkpoint
+  # pretrained: s3://bucket/model  # or a model to fine-tune: a path, s3://, hf://org/name@COMMIT, or a GGUF file
+  # trust_remote_code: false    # true runs Python code that lies beside the pretrained weights
+  # lora:                       # train adapters beside the pretrained weights, which stay as they are
+  #   rank: 16                  # inner size of an adapter's two matrices
+  #   alpha: 32.0               # an adapter's output is multiplied by alpha / rank
+  #   dropout: 0.0              # of an adapter's input
+  #   target_modules: all-linear  # or last parts of the modules' names, such as [q_proj, v_proj]
 
 data:                           # give exactly one of train and dataset
   train: "data/**/*.txt"        # a glob of local files, or s3://bucket/prefix/**/*.txt
   # dataset: NAME               # or a dataset prepared before: NAME, or NAME@FINGERPRINT
-  format: text                  # text, jsonl or parquet
+  format: text                  # text, jsonl, parquet, or messages for conversations
   text_field: text              # jsonl and parquet: the field or column that holds the text
+  # label_field: label          # the one that holds the text's class, for sequence-classification
+  # long_samples: truncate      # what becomes of a conversation or a labelled text that is too long; or skip
   vocab_size: 4096              # of the tokenizer that is trained on the source, at least 258
   eval_fraction: 0.05           # share of the source's files held out for evaluation
   sequence_length: 256          # tokens that the model sees in one sample
@@ -44,6 +53,13 @@ train:                          # give exactly one of steps and epochs
     offload: none               # cpu keeps the optimizer's state in host memory; needs a GPU
   precision: auto               # auto is bf16 where the device has it natively, else fp32; or fp32, bf16, fp16
   seed: 0                       # of the initial weights and of the order of samples
+  # activation_checkpointing: false  # true computes activations again instead of keeping them: saves memory
+  # evaluate:                   # look at the held-out data while training goes on
+  #   every_steps: 50           # steps between looks
+  #   max_samples: 256          # looks at the first so many; null takes all
+  #   patience: null            # ends training after so many looks that did not better the best one
+  #   min_improvement: 0.0      # nats by which a look has to better the best one
+  # deepspeed: {}               # more of DeepSpeed's own settings, but for those that this file sets
   step_timeout: 600             # seconds without progress after which a worker is hung, and restarted
 
 checkpoint:
@@ -63,9 +79,12 @@ secrets: []                     # names of Kubernetes Secrets whose keys become 
 export:                         # how the last checkpoint becomes Hugging Face files
   dtype: auto                   # auto is the precision of the training; or fp32, bf16, fp16
   max_shard_bytes: 2147483648   # bytes of tensors in one file
+  # lora: merged                # merged writes the whole model, adapter the adapter's files alone
 
 gate:                           # what a trained model must show before it is released
   max_loss: null                # nats per token on the held-out data; null sets no limit
+  # min: {accuracy: 0.9}        # the least that other figures of the evaluation may be
+  # max: {perplexity: 20.0}     # the most that they may be
   must_beat_serving: false      # true refuses a model that is no better than the one that serves
   max_eval_samples: null        # evaluate on the first so many samples; null takes all
 

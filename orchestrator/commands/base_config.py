@@ -40,7 +40,8 @@ def read_base_config(model: ModelSpec, store: Store | None) -> dict[str, Any]:
             data = (Path(uri).expanduser() / _NAME).read_bytes()
         config = json.loads(data)
     except (OSError, ValueError, HeadwayError) as e:
-        raise Unknown(f"{_NAME} of {uri} cannot be read: {e}") from e
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise Unknown(f"{_NAME} of {uri} cannot be read: {reason}") from e
     if not isinstance(config, dict):
         raise Unknown(f"{_NAME} of {uri} is no JSON object")
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.commands.base_config import Unknown, read_base_config
 from orchestrator.commands.context import find_stack, find_store, find_target, is_kubernetes, kubernetes_settings
@@ -18,6 +19,9 @@ from orchestrator.store import Store
 from orchestrator.store.s3 import STORE_VARIABLE
 from orchestrator.targets.ray_head import default_num_cpus
 
+if TYPE_CHECKING:
+    from orchestrator.runs import RunIdentity
+
 _WITHOUT_BF16 = ("V100", "P100", "P4", "T4", "K80")
 
 
@@ -28,7 +32,8 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
         request = build_request(spec, run_file, store, cluster, directory=Path.cwd())
         return request.request.body(), ""
     found, note = _store_if_set(store_uri)
-    sizing = _size(spec, found)
+    sizing = size_of(spec, found)
+    identity, note = _identity(spec, found) if found is not None else (None, note)
     planned = make_plan(
         train=spec.train,
         resources=spec.resources,
@@ -36,10 +41,11 @@ def plan(run_file: Path, *, target: str, store_uri: str | None, manifests: bool)
         capacity=capacity_of(target, spec.resources),
         size=sizing.size,
         size_note=sizing.reason,
+        num_samples=_num_samples(spec, found, identity) if found is not None and identity is not None else None,
     )
-    identity = _run_id(spec, found) if found is not None else {"note": note}
-    facts = {"run_id": identity.get("run_id"), "target": target, **planned.to_json()}
-    return facts, _table([("run", identity.get("run_id") or identity["note"]), *planned.lines()])
+    run_id = identity.run_id if identity is not None else None
+    facts = {"run_id": run_id, "target": target, **planned.to_json()}
+    return facts, _table([("run", run_id or note), *planned.lines()])
 
 
 def capacity_of(target: str, resources: ResourcesSpec) -> Capacity:
@@ -60,7 +66,15 @@ def capacity_of(target: str, resources: ResourcesSpec) -> Capacity:
     )
 
 
-def _size(spec: RunSpec, store: Store | None) -> Sizing:
+def size_of(spec: RunSpec, store: Store | None) -> Sizing:
+    """The size of the run's model, or why it is not known; nothing is fetched for it.
+
+    Args:
+        store: None where none is set; a pretrained model that lies in S3 is unknown then.
+
+    Raises:
+        SpecError: transformers refuses the model, or peft the adapters. TimedOut: counting took too long.
+    """
     auto_class, model = AUTO_CLASSES.get(spec.task), spec.model
     if auto_class is None:
         return Sizing(size=None, reason=f"task {spec.task} is your own code, which plan does not run")
@@ -84,17 +98,32 @@ def _store_if_set(store_uri: str | None) -> tuple[Store | None, str]:
     try:
         return find_store(store_uri), ""
     except HeadwayError as e:
-        return None, f"its id follows from the data, which cannot be listed: {e.message}"
+        return None, _unlisted(e)
 
 
-def _run_id(spec: RunSpec, store: Store) -> dict[str, str]:
-    """The run's id where the store can tell it, else why not."""
+def _identity(spec: RunSpec, store: Store) -> tuple[RunIdentity | None, str]:
+    """Which run it is, or why that cannot be told."""
     from orchestrator.runs import identify
 
     try:
-        return {"run_id": identify(spec, store, Path.cwd()).run_id}
+        return identify(spec, store, Path.cwd()), ""
     except HeadwayError as e:
-        return {"note": f"its id follows from the data, which cannot be listed: {e.message}"}
+        return None, _unlisted(e)
+
+
+def _unlisted(error: HeadwayError) -> str:
+    return f"its id follows from what it is trained on, which cannot be listed: {error.message}"
+
+
+def _num_samples(spec: RunSpec, store: Store, identity: RunIdentity) -> int | None:
+    """Of the training split, where the data was prepared before; else None."""
+    from orchestrator.dataset.format import read_manifest
+
+    try:
+        dataset = identity.dataset or read_manifest(store, spec.name, identity.dataset_fingerprint)
+    except HeadwayError:  # not prepared yet, or not readable, which the run says
+        return None
+    return dataset.num_samples(dataset.train, spec.data.sequence_length)
 
 
 def _memory_bytes() -> int | None:

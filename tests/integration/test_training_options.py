@@ -11,7 +11,8 @@ import torch
 from orchestrator.checkpoint.catalog import committed_steps, find, read_manifest
 from orchestrator.record import EventReader
 from orchestrator.release.versions import download_files
-from orchestrator.spec import EvaluateSpec, RunSpec
+from orchestrator.schedule import learning_rate
+from orchestrator.spec import EvaluateSpec, OptimizerSpec, RunSpec
 from orchestrator.store import Store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.training import Groups, Trained, make_dataset, make_job, make_spec, run_training
@@ -51,6 +52,11 @@ def trained(
     assert [answer.message for answer in answers] == [""] * size
     value: Trained = answers[0].value
     return value
+
+
+def steps_of(store: Store, run_id: str) -> dict[int, dict[str, Any]]:
+    """What was noted of each step."""
+    return {e["step"]: e for e in EventReader(store, run_id).poll() if e["kind"] == "step"}
 
 
 def looks_of(store: Store, run_id: str) -> dict[int, float]:
@@ -166,3 +172,37 @@ def test_deepspeeds_own_settings_reach_it_and_checkpoints_hold(groups: Groups, s
     found = trained(groups, store, "ours", spec, total_steps=6)
     assert list(found.losses)[-1] == 6
     assert found.losses == pytest.approx({step: plain.losses[step] for step in found.losses}, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradients_are_clipped_to_their_global_norm(groups: Groups, store: Store, stage: int) -> None:
+    """Beside an eps as large as this Adam divides by nothing else, so that a step is as long as its gradient."""
+    make_dataset(store)
+    optimizer = OptimizerSpec(learning_rate=2.0e4, eps=1.0e6, weight_decay=0.0, schedule="constant")
+    evaluate = EvaluateSpec(every_steps=1, max_samples=NUM_LOOKED_AT)
+
+    def fall(run_id: str, max_grad_norm: float | None) -> float:
+        spec = spec_with(stage=stage, optimizer=optimizer, evaluate=evaluate, max_grad_norm=max_grad_norm)
+        trained(groups, store, run_id, spec, total_steps=1)
+        looks = looks_of(store, run_id)
+        return looks[0] - looks[1]
+
+    whole = fall("whole", None)
+    norm = steps_of(store, "whole")[1]["grad_norm"]
+    assert norm > 1.1  # DeepSpeed would clip to 1.0 by itself
+    assert fall("wide", 2 * norm) == pytest.approx(whole, rel=1e-3)
+    assert fall("half", norm / 2) == pytest.approx(whole / 2, rel=0.05)
+    assert steps_of(store, "half")[1]["grad_norm"] == pytest.approx(norm, rel=1e-5)  # that before clipping
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_each_step_has_its_learning_rate_also_after_a_resume(groups: Groups, store: Store, schedule: Any) -> None:
+    make_dataset(store)
+    optimizer = OptimizerSpec(learning_rate=3.0e-3, warmup_steps=3, schedule=schedule, min_learning_rate_ratio=0.2)
+    spec = spec_with(stage=2, every_steps=1, optimizer=optimizer)
+    assert trained(groups, store, "rates", spec, total_steps=8, break_at=5).end == "broken"
+    assert trained(groups, store, "rates", spec, total_steps=8).end == "complete"
+    found = {step: event["learning_rate"] for step, event in steps_of(store, "rates").items()}
+    expected = {step + 1: learning_rate(optimizer, step=step, total_steps=8) for step in range(8)}
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found[1] < found[2] < found[3] < found[4]

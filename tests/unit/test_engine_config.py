@@ -40,13 +40,13 @@ def test_the_optimizer_is_adamw_as_the_run_file_says() -> None:
     found = config(optimizer=optimizer)["optimizer"]
     assert found["type"] == "AdamW"
     expected = {"lr": 2e-3, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.05}
-    assert found["params"] == {**expected, "torch_adam": True}
+    assert found["params"] == {**expected, "torch_adam": True, "fused": True}
     assert config(optimizer=optimizer, device="cuda")["optimizer"]["params"] == expected
 
 
 def test_clipping_and_precision_only_where_asked_for() -> None:
     assert config()["gradient_clipping"] == 1.0
-    assert "gradient_clipping" not in config(max_grad_norm=None)
+    assert config(max_grad_norm=None)["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip to 1.0
     assert not {"bf16", "fp16"} & config().keys()
     assert config(precision="bf16")["bf16"] == {"enabled": True}
     assert config(precision="fp16")["fp16"] == {"enabled": True}
@@ -58,6 +58,19 @@ def test_offload_and_overlap() -> None:
     assert offloaded["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert offloaded["overlap_comm"]
     assert not config()["zero_optimization"]["overlap_comm"]
+
+
+def test_parameters_are_gathered_ahead_on_gpus_alone() -> None:
+    assert config(zero=ZeroSpec(stage=3))["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
+    assert config(zero=ZeroSpec(stage=3), device="cuda")["zero_optimization"]["stage3_prefetch_bucket_size"] == 10**6
+
+
+def test_the_run_files_own_settings_lie_over_these() -> None:
+    own = {"communication_data_type": "fp32", "zero_optimization": {"stage3_prefetch_bucket_size": 7}}
+    found = config(zero=ZeroSpec(stage=3), deepspeed=own)
+    assert found["communication_data_type"] == "fp32"
+    assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == 7
+    assert found["zero_optimization"]["stage"] == 3
 
 
 class Model(nn.Module):

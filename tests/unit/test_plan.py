@@ -254,6 +254,30 @@ def test_logits_in_the_models_precision_in_fp32_and_their_gradient() -> None:
     assert _parts(_estimate(precision="fp32"), "device")["logits"] == tokens * 4096 * 12
 
 
+def test_settings_of_deepspeed_bound_what_zero_holds_for_a_while() -> None:
+    settings = {"zero_optimization": {"stage3_max_live_parameters": 10**6, "reduce_bucket_size": 10**5}}
+    parts = _parts(_estimate(stage=3, deepspeed=settings), "device")
+    assert parts["gathered parameters"] == 2 * max(10**6, SIZE.largest_parameter)
+    assert parts["gradient bucket"] == 2 * 10**5
+    unread = {"zero_optimization": {"reduce_bucket_size": "auto"}}
+    assert _estimate(stage=3, deepspeed=unread) == _estimate(stage=3)
+
+
+def test_gpus_fill_one_bucket_while_another_is_sent() -> None:
+    assert _parts(_estimate(stage=2), "device")["gradient bucket"] == 2 * 16 * MILLION
+    assert _parts(_estimate(stage=3), "device")["gradient bucket"] == 16 * MILLION
+    alone = {"zero_optimization": {"overlap_comm": False}}
+    assert _parts(_estimate(stage=2, deepspeed=alone), "device")["gradient bucket"] == 16 * MILLION
+    on_cpu = _estimate(stage=2, gpu=False, precision="fp32")
+    assert _parts(on_cpu, "host")["gradient bucket"] == 32 * MILLION
+
+
+def test_recomputed_activations_are_the_layers_inputs_and_one_layer() -> None:
+    tokens, hidden = 2 * 128, SIZE.hidden_size or 0
+    found = _parts(_estimate(activation_checkpointing=True), "device")["activations"]
+    assert found == 4 * tokens * 2 * hidden + tokens * hidden * (34 + 16 + 8)
+
+
 def test_frozen_parameters_cost_neither_gradient_nor_state() -> None:
     adapter = SIZE.model_copy(update={"num_trainable": 0})
     labels = _parts(_estimate(adapter), "device") | _parts(_estimate(adapter), "host")

@@ -74,22 +74,22 @@ def test_a_llama_is_counted_as_transformers_builds_it(counted: tuple[Path, Model
     assert counted[1].num_parameters == int(done.stdout)
 
 
-def test_adapters_count_as_trainable_and_the_rest_as_frozen(counted: tuple[Path, ModelSize]) -> None:
+def test_adapters_count_as_trainable_and_the_rest_as_frozen(counted: tuple[Path, ModelSize], tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    size = _count(LLAMA, counted[0], is_pretrained=True, lora=LoraSpec(rank=4)).size
+    size = _count(LLAMA, tmp_path, is_pretrained=True, lora=LoraSpec(rank=4)).size
     assert size is not None
     attention = 2 * (32 + 32) + 2 * (32 + 16)  # inputs + outputs of query, output, key and value
     adapters = 2 * 4 * (attention + 3 * (32 + 48))
     assert size.num_trainable == adapters
     assert size.num_parameters == counted[1].num_parameters + adapters
-    one = _count(LLAMA, counted[0], is_pretrained=True, lora=LoraSpec(rank=4, target_modules=("q_proj",))).size
+    one = _count(LLAMA, tmp_path, is_pretrained=True, lora=LoraSpec(rank=4, target_modules=("q_proj",))).size
     assert one is not None
     assert one.num_trainable == 2 * 4 * (32 + 32)
 
 
 def test_an_adapter_for_other_modules_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(SpecError, match="model.lora is refused: Target modules .*c_attn.* not found"):
+    with pytest.raises(SpecError, match=r"model\.lora is refused: Target modules .*c_attn.* not found"):
         _count(LLAMA, tmp_path, is_pretrained=True, lora=LoraSpec(target_modules=("c_attn",)))
 
 
@@ -99,7 +99,7 @@ def test_a_config_json_may_hold_what_its_class_passes_over(tmp_path: Path) -> No
     size = _count({**LLAMA, **written}, tmp_path, is_pretrained=True).size
     assert size is not None
     assert size.vocab_size == 320
-    with pytest.raises(SpecError, match="model.pretrained: its config.json is refused: .* no architecture 'own'"):
+    with pytest.raises(SpecError, match=r"model\.pretrained: its config\.json is refused: .* no architecture 'own'"):
         _count({"model_type": "own"}, tmp_path, is_pretrained=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from orchestrator.plan import Capacity, plan
-from orchestrator.spec import RunSpec, json_schema, parse
+from orchestrator.spec import DataSpec, EvaluateSpec, ExportSpec, LoraSpec, RunSpec, TrainSpec, json_schema, parse
 from orchestrator.starter import STARTER
 
 
@@ -62,6 +62,27 @@ def test_defaults_shown_are_the_defaults() -> None:
                 if field in chosen | {"steps", "train", "optimizer", "zero"} or info.is_required():
                     continue
                 assert getattr(owner, field) == info.default, f"{name}.{field}"
+
+
+def test_what_is_commented_out_is_valid_and_shows_the_defaults() -> None:
+    document = yaml.safe_load(re.sub(r"^  # ", "  ", STARTER, flags=re.MULTILINE))
+    for part, excluded in (
+        ("model", "architecture"),
+        ("model", "init_from"),
+        ("data", "dataset"),
+        ("data", "label_field"),
+        ("train", "epochs"),
+    ):
+        del document[part][excluded]
+    spec = parse(document)
+    assert spec.model.pretrained == "s3://bucket/model"
+    assert (spec.model.lora, spec.model.trust_remote_code) == (LoraSpec(), False)
+    assert spec.data.long_samples == DataSpec.model_fields["long_samples"].default
+    assert spec.train.evaluate == EvaluateSpec(every_steps=50)
+    for field in ("activation_checkpointing", "deepspeed"):
+        assert getattr(spec.train, field) == TrainSpec.model_fields[field].default
+    assert spec.export.lora == ExportSpec.model_fields["lora"].default
+    assert (spec.gate.min, spec.gate.max) == ({"accuracy": 0.9}, {"perplexity": 20.0})
 
 
 def test_the_schema_has_the_fields_that_this_test_looks_for() -> None:
