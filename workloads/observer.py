@@ -42,7 +42,7 @@ class Observer:
             self._events.append(kind, **fields)
 
     def step(self, figures: dict[str, float]) -> None:
-        self.note("step", **{k: round(v, 6) if isinstance(v, float) else v for k, v in figures.items()})
+        self.note("step", **{k: _short(v) if isinstance(v, float) else v for k, v in figures.items()})
 
     def look(self, figures: dict[str, float], *, best_loss: float | None, ended_early: bool) -> None:
         """A look at the held-out split."""
@@ -127,3 +127,8 @@ def observed(
         yield observer
     finally:
         observer.close()
+
+
+def _short(value: float) -> float:
+    """The same to seven digits, so that a small learning rate is no zero."""
+    return float(f"{value:.7g}")

@@ -54,3 +54,11 @@ def test_a_store_that_does_not_answer_keeps_no_checkpoint_from_its_commit(
         assert "not written yet: no answer" in caplog.text
         observer.flush()
         assert [event["step"] for event in EventReader(store, "run-1").poll()] == [1]
+
+
+def test_small_figures_keep_their_digits(store: MemoryStore) -> None:
+    group = claim_group(store, claim_attempt(store, "run-1", facts={}))
+    with observed(store, group, rank=0) as observer:
+        observer.step({"step": 1, "learning_rate": 3.1234567e-7, "tokens_per_s": 123456.789})
+    (event,) = EventReader(store, "run-1").poll()
+    assert (event["step"], event["learning_rate"], event["tokens_per_s"]) == (1, 3.123457e-7, 123456.8)
