@@ -12,15 +12,21 @@ import openai
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from orchestrator.store import Store, open_store
+from orchestrator.pretrained.source import list_base
+from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.conftest import BUCKET
 from tests.integration.serving import promote, ray_with_serve, serving, wait_for
 from tests.tiny_classifier import CLASSES, save_classifier
 from tests.tiny_model import release_version, save_model
+from tests.unit.serve.adapters import save_adapter
+from tests.unit.workloads.bases import save_base
+from workloads.fetch_base import fetch_base
+from workloads.tasks.tokenizer_files import copy_tokenizer
 
-CHAT, CLASSES_OF_TEXT = "chat-lm", "text-classes"
+CHAT, CLASSES_OF_TEXT, ADAPTED = "chat-lm", "text-classes", "adapted-classes"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
@@ -63,6 +69,7 @@ def start(port: int, store: Store, model: str, directory: Path) -> Iterator[Serv
 def chat(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = save_model(tmp_path_factory.mktemp("chat") / "model", seed=1)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
+    let_it_end(directory)
     store = open_store(f"s3://{BUCKET}/serving-chat")
     release_version(store, CHAT, directory)
     yield from start(serve_port, store, CHAT, directory)
@@ -76,25 +83,70 @@ def classes(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     yield from start(serve_port, store, CLASSES_OF_TEXT, directory)
 
 
-def greedy(directory: Path, num_tokens: int) -> tuple[str, int]:
-    """What transformers itself generates after :data:`MESSAGES`, and the length of the prompt."""
+@pytest.fixture(scope="module")
+def adapted(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A version that holds an adapter alone. Its directory here is that of both merged."""
+    base = save_base(tmp_path_factory.mktemp("base") / "model", model_type="bert")
+    directory, merged = tmp_path_factory.mktemp("adapter") / "model", tmp_path_factory.mktemp("merged") / "model"
+    model = save_adapter(
+        directory,
+        base,
+        auto_class="AutoModelForSequenceClassification",
+        head=("classifier", "bert.pooler"),
+        id2label=dict(enumerate(CLASSES)),
+        pad_token_id=0,
+    )
+    model.merge_and_unload().save_pretrained(merged)
+    copy_tokenizer(base, merged)
+    store = open_store(f"s3://{BUCKET}/serving-adapter")
+    reference = fetch_base(list_base(str(base), store), store).reference
+    version = release_version(store, ADAPTED, directory, task="sequence-classification")
+    key = layout.version_manifest(ADAPTED, 1)
+    store.delete([key])
+    store.create_json(key, version.model_copy(update={"base": reference}).document())
+    yield from start(serve_port, store, ADAPTED, merged)
+
+
+def let_it_end(directory: Path) -> None:
+    """Make the model of ``directory`` end its turn after the first tokens that it would say to :data:`MESSAGES`.
+
+    The end token gets the output weights of the token that it would have said there, and that one gets the end's.
+    """
+    said = generated(directory, 30)[0]
+    said_then = next(token for number, token in enumerate(said) if number >= 5 and token not in said[:number])
+    weights = load_file(directory / "model.safetensors")
+    end = transformers.AutoTokenizer.from_pretrained(directory).eos_token_id
+    weights["lm_head.weight"][[end, said_then]] = weights["lm_head.weight"][[said_then, end]]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def greedy(directory: Path, num_tokens: int) -> tuple[str, int, int]:
+    """What transformers itself generates after :data:`MESSAGES` up to the end of the turn; the number of tokens of the
+    prompt, and of the answer with its end."""
+    said, num_prompt_tokens = generated(directory, num_tokens)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    turn = said[: said.index(tokenizer.eos_token_id)]
+    text: str = tokenizer.decode(turn)
+    return text, num_prompt_tokens, len(turn) + 1
+
+
+def generated(directory: Path, num_tokens: int) -> tuple[list[int], int]:
+    """The tokens that transformers generates after :data:`MESSAGES`, and the length of the prompt."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, use_safetensors=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids = torch.tensor([tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens)
-    said = out[0, ids.shape[1] :].tolist()
-    if tokenizer.eos_token_id in said:
-        said = said[: said.index(tokenizer.eos_token_id)]
-    text: str = tokenizer.decode(said)
-    return text, ids.shape[1]
+    return out[0, ids.shape[1] :].tolist(), ids.shape[1]
 
 
 def test_chat_is_what_transformers_generates(chat: Served) -> None:
-    expected, num_prompt_tokens = greedy(chat.directory, 30)
-    answer = chat.client.chat.completions.create(model=CHAT, messages=MESSAGES, max_tokens=30, temperature=0)
+    expected, num_prompt_tokens, num_tokens = greedy(chat.directory, 30)
+    answer = chat.client.chat.completions.create(model=CHAT, messages=MESSAGES, temperature=0)
     assert (answer.choices[0].message.role, answer.choices[0].message.content) == ("assistant", expected)
+    assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == num_prompt_tokens
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (num_prompt_tokens, num_tokens)
+    assert answer.usage.total_tokens == num_prompt_tokens + num_tokens
     assert answer.system_fingerprint == f"{CHAT}@1"
     in_parts: Any = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]
     again = chat.client.chat.completions.create(model=CHAT, messages=in_parts, max_completion_tokens=30, temperature=0)
@@ -116,6 +168,23 @@ def test_streamed_pieces_join_to_the_whole(chat: Served) -> None:
     assert [chunk.choices[0].delta.role for chunk in chunks][:2] == ["assistant", None]
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert (last.choices, last.usage) == ([], whole.usage)
+
+
+def test_chat_takes_what_completions_take(chat: Served) -> None:
+    def said(**arguments: Any) -> list[tuple[str | None, str]]:
+        answer = chat.client.chat.completions.create(model=CHAT, messages=MESSAGES, **arguments)
+        return [(choice.message.content, choice.finish_reason) for choice in answer.choices]
+
+    ((whole, _),) = said(temperature=0)
+    assert whole is not None
+    ((short, reason),) = said(temperature=0, max_tokens=3)
+    assert (whole.startswith(short or "?"), reason) == (True, "length")
+    assert said(temperature=0, stop=[whole[3:5]]) == [(whole[: whole.index(whole[3:5])], "stop")]
+    assert said(top_p=1e-9) == [(whole, "stop")]  # the likeliest token alone is left
+    sampled = said(seed=1, n=3, max_tokens=12)
+    assert said(seed=1, n=3, max_tokens=12) == sampled
+    assert len(set(sampled)) == 3
+    assert said(seed=2, n=3, max_tokens=12) != sampled
 
 
 def test_a_conversation_goes_on_with_what_was_answered(chat: Served) -> None:
@@ -146,10 +215,19 @@ def test_classes_are_what_transformers_pipeline_says(classes: Served) -> None:
     assert response.headers["x-headway-version"] == f"{CLASSES_OF_TEXT}@1"
     assert document["object"] == "list"
     for entry, text in zip(document["data"], TEXTS * 10, strict=True):
-        expected = {score["label"]: score["score"] for score in pipeline(text)}
+        expected = {score["label"]: score["score"] for score in pipeline([text])[0]}
         assert entry["scores"] == pytest.approx(expected, abs=1e-5)
         assert entry["label"] == max(expected, key=lambda label: expected[label])
     assert set(document["data"][0]["scores"]) == set(CLASSES)
+
+
+def test_an_adapter_is_served_with_its_base(adapted: Served) -> None:
+    pipeline = transformers.pipeline("text-classification", model=str(adapted.directory), top_k=None, device="cpu")
+    answer = httpx.post(f"{adapted.url}/v1/classify", json={"input": TEXTS}, timeout=60).json()
+    assert [entry["scores"] for entry in answer["data"]] == [
+        {score["label"]: pytest.approx(score["score"], abs=1e-5) for score in scores} for scores in pipeline(TEXTS)
+    ]
+    assert answer["model"] == ADAPTED
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class _Replica:
         self._thread.start()
 
     def _load(self, version: Version, directory: Path) -> Engine | Classifier:
-        reference = getattr(version, "base", None)  # of a version that is an adapter alone
+        reference = version.base  # of a version that is an adapter alone
         base = None if reference is None else download_base(self._store, reference, cache_directory().parent)
         return load_engine(version, directory, self.settings.engine_settings(), base=base)
 

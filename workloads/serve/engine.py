@@ -42,7 +42,7 @@ class Engine(Protocol):
     """The most tokens that a prompt and its completion may have together."""
     vocab_size: int
     turn_end_tokens: tuple[int, ...]
-    """What the tokenizer says that a turn of a chat ends with."""
+    """Tokens that end the assistant's turn of a chat, beside those that the model's config names."""
 
     @property
     def num_sequences(self) -> int:

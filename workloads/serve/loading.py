@@ -85,7 +85,8 @@ def _load_whole(directory: Path, auto_class: str, *, dtype: str) -> Any:
 def _load_adapted(directory: Path, base: Path | None, auto_class: str, *, dtype: str) -> Any:
     if base is None:
         raise IntegrityError(f"{directory} holds an adapter alone, and its version names no pretrained model for it.")
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    # The base may have a head for other classes, in the place of which the adapter brings its own.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     if (directory / "config.json").is_file():  # the classes are nowhere else
         options["config"] = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return load_adapted(directory, base, auto_class, dtype=dtype, **options)

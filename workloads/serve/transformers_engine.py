@@ -32,9 +32,7 @@ class TransformersEngine:
         self._tokenizer, self._chat_tokenizer = tokenizer, chat_tokenizer
         self._pool = ThreadPoolExecutor(settings.max_concurrent, thread_name_prefix="generate")
         self._admission = Admission(settings)
-        # Fine-tuning teaches it as the end of the assistant's turn, also where the config names another token.
-        end = chat_tokenizer.eos_token_id
-        self.turn_end_tokens: tuple[int, ...] = () if end is None else (int(end),)
+        self.turn_end_tokens = chat_template.turn_end_tokens(chat_tokenizer)
         config, defaults = model.config.get_text_config(), model.generation_config
         self.vocab_size: int = config.vocab_size
         self.context_tokens: int = getattr(config, "max_position_embeddings", None) or 2**20

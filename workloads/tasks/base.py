@@ -122,14 +122,14 @@ class Task(ABC):
             return base_config.load_config(self.context.base)
         import transformers
 
-        fields = {
-            "vocab_size": self.context.vocab_size,
-            "max_position_embeddings": max(self.context.sequence_length, _MIN_POSITIONS),
-            **self.special_tokens(),
-            **(self.context.architecture or {}),
-        }
+        architecture = self.context.architecture or {}
+        known = base_config.field_names(architecture.get("model_type"))
+        tokens = {name: token for name, token in self.special_tokens().items() if token is not None or name in known}
+        implied: dict[str, Any] = {"vocab_size": self.context.vocab_size, **tokens}
+        if "max_position_embeddings" in known:  # a recurrent model counts none
+            implied["max_position_embeddings"] = max(self.context.sequence_length, _MIN_POSITIONS)
         try:
-            return checked_config(transformers, fields)
+            return checked_config(transformers, {**implied, **architecture})
         except Refused as e:
             field = f"model.architecture.{e.field}" if e.field else "model.architecture"
             raise SpecError(f"{field}: {e.reason}.") from e
@@ -167,7 +167,10 @@ class Task(ABC):
         """The loss summed over the targets that count, a scalar in fp32."""
 
     def eval_sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """What the evaluation adds up over the held-out split. A classifier adds ``correct`` to the loss, say."""
+        """What the evaluation adds up over the held-out split. A classifier adds ``correct`` to the loss, say.
+
+        Called without gradients.
+        """
         return {"loss": float(self.loss_sum(model, batch))}
 
     @abstractmethod
@@ -191,7 +194,9 @@ class Task(ABC):
         if base is not None:
             from workloads.adapter import load_adapted
 
-            options: dict[str, Any] = {"config": self.model_config(), **self.remote_code}
+            # The base may have a head of another size, in the place of which the adapter brings its own.
+            options: dict[str, Any] = {"config": self.model_config(), "ignore_mismatched_sizes": True}
+            options |= self.remote_code
             return load_adapted(directory, base, self.auto_class, **options)
         transformers.utils.logging.disable_progress_bar()
         model: nn.Module = getattr(transformers, self.auto_class).from_pretrained(
@@ -237,10 +242,10 @@ class Task(ABC):
         """
         import transformers
 
+        own_class = self._own_class()
+        if own_class is not None:
+            return own_class
         config = self.model_config()
-        own_code = getattr(config, "auto_map", None) or {}
-        if self.auto_class in own_code and self.remote_code["trust_remote_code"]:
-            return str(own_code[self.auto_class].rpartition(".")[2])
         mapping = getattr(transformers, self.auto_class)._model_mapping
         if type(config) not in mapping:
             field = "model.architecture.model_type" if self.context.base is None else "model.pretrained"
@@ -250,3 +255,10 @@ class Task(ABC):
                 next_step="Use another model, or a task that this one is for.",
             )
         return str(mapping[type(config)].__name__)
+
+    def _own_class(self) -> str | None:
+        """The model's class in code that came with the base and may run; None where it is one of transformers."""
+        names = getattr(self.model_config(), "auto_map", None) or {}
+        if not self.remote_code["trust_remote_code"] or self.auto_class not in names:
+            return None
+        return str(names[self.auto_class]).rpartition(".")[2]

@@ -68,6 +68,16 @@ def require_embedding(config: Any, num_tokens: int, *, source: str) -> None:
         )
 
 
+def field_names(model_type: str | None) -> set[str]:
+    """The fields that configs of this type have; none for a type that transformers does not know."""
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        return set()
+    plain = transformers.CONFIG_MAPPING[model_type]()
+    return {*vars(plain), *type(plain).attribute_map}
+
+
 def position_limit(config: Any) -> int | None:
     """The most tokens that a model of this config has positions for; None where it sets no limit."""
     text = config.get_text_config()

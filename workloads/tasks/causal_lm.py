@@ -28,7 +28,7 @@ class CausalLM(Task):
         super().check()
         self.model_class_name()
         if self.context.sample_kind == "packed":
-            require_apart(self.model_config())
+            require_apart(self.model_config(), own_class=self._own_class())
 
     def collate(self, samples: Samples) -> Batch:
         tokens_BL1 = torch.from_numpy(samples.tokens)

@@ -22,18 +22,34 @@ MODEL_TYPES = frozenset((
 """As a transformers config calls them."""
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# Flash attention looks at positions only where a batch is a single row. None is sdpa, or eager where there is none.
+_ATTENTION = (None, "sdpa", "eager")
 
 
-def require_apart(config: Any) -> None:
+def require_apart(config: Any, *, own_class: str | None = None) -> None:
     """
+    Args:
+        own_class: the model's class, where it comes with code of its own.
+
     Raises:
         SpecError: conversations in one row of this model might see each other.
     """
     text = config.get_text_config()
+    if text._attn_implementation not in _ATTENTION:
+        raise SpecError(
+            f"data.format: messages packs several conversations into a row, and attention by "
+            f"{text._attn_implementation} is not known to keep them apart.",
+            next_step="Use sdpa or eager as attn_implementation.",
+        )
     others = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
-    if text.model_type in MODEL_TYPES and not others:
+    if own_class is not None:
+        reason = f"models with code of their own, as {own_class} is,"
+    elif others:
+        reason = f"layers of the type {others[0]}"
+    elif config.model_type not in MODEL_TYPES:  # the whole model's: one of several parts makes masks its own way
+        reason = f"models of the type {config.model_type}"
+    else:
         return
-    reason = f"layers of the type {others[0]}" if others else f"models of the type {text.model_type}"
     raise SpecError(
         f"data.format: messages packs several conversations into a row, and {reason} are not known to keep them apart.",
         next_step=f"Use a model of another type: {', '.join(sorted(MODEL_TYPES))}.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,13 @@ class SequenceClassification(Task):
             "accuracy": sums["correct"] / num_targets,
             "f1": macro_f1(sums, num_classes=len(self.context.classes)),
         }
+
+    def load_model(self, directory: Path, base: Path | None = None) -> nn.Module:
+        model: Any = super().load_model(directory, base)
+        text = model.config.get_text_config()
+        if text.pad_token_id is None:  # of a pretrained model that is evaluated as it came
+            text.pad_token_id = self._pad_id
+        return cast(nn.Module, model)
 
     @property
     def _context_pad_id(self) -> int:

@@ -6,7 +6,9 @@ import pytest
 import transformers
 
 from tests.tiny_model import make_tokenizer
-from workloads.serve.chat_template import NoChatTemplate, TemplateRefused, encode
+from tests.unit.workloads.chat_templates import CHATML, LLAMA, MARKED, MISTRAL, THINKING, ZEPHYR, byte_level
+from workloads.prepare.chat import ChatTemplate, target_mask
+from workloads.serve.chat_template import NoChatTemplate, TemplateRefused, encode, turn_end_tokens
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'wizard' %}{{ raise_exception('no wizards') }}{% endif %}"
@@ -41,6 +43,66 @@ def test_without_a_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(NoChatTemplate, match="no chat template"):
         encode(tokenizer, [{"role": "user", "content": "x"}])
+
+
+def test_the_turn_ends_as_the_template_ends_it(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>_of_turn"]})
+    end, end_of_turn = tokenizer.convert_tokens_to_ids(["<|end|>", "<|end|>_of_turn"])
+    assert turn_end_tokens(tokenizer) == (end,)
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "\n<|end|>_of_turn")
+    assert turn_end_tokens(tokenizer) == (end_of_turn, end)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+        "{{ raise_exception('never') }}",
+        "<|start|>{{ messages[0]['content'] }}",
+        "{% for m in messages %}<|start|>{{ m['content'] }} so{% endfor %}",
+    ],
+)
+def test_a_template_that_names_no_end_leaves_the_eos_token(tokenizer: Any, template: str | None) -> None:
+    tokenizer.chat_template = template
+    assert turn_end_tokens(tokenizer) == (tokenizer.eos_token_id,)
+    tokenizer.eos_token = None
+    assert turn_end_tokens(tokenizer) == ()
+
+
+STYLES = {
+    "chatml": ("chatml", CHATML),
+    "llama": ("llama", LLAMA),
+    "zephyr": ("zephyr", ZEPHYR),
+    "mistral": ("zephyr", MISTRAL),
+    "marked": ("chatml", MARKED),
+    "thinking": ("chatml", THINKING),
+}
+
+
+@pytest.mark.parametrize("eos", [True, False], ids=["eos", "another eos"])
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_served_is_what_was_trained(style: str, eos: bool) -> None:
+    """The prompt is how the row begins, and the last target is what ends the turn."""
+    name, template = STYLES[style]
+    tokenizer = byte_level(name, template)
+    if not eos and template not in (ZEPHYR, MISTRAL):  # these write the eos token, whichever it is
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    said = [{"role": "user", "content": "Hi!</s><|im_end|>"}, {"role": "assistant", "content": "Hello there, friend."}]
+    trained = ChatTemplate(tokenizer)
+    (sample,) = trained.samples(said)
+    (tokens,) = trained.literals.encode_batch([sample.text])
+    prompt = encode(tokenizer, said[:1])
+    if style != "llama":  # whose prompt ends with two line breaks, which this tokenizer joins where no word follows
+        assert list(tokens.ids[: len(prompt)]) == prompt
+    last = target_mask(tokens.offsets, sample.spans).nonzero()[0][-1]
+    assert tokens.ids[last] == turn_end_tokens(tokenizer)[0]
+
+
+def test_a_template_that_makes_nothing_of_a_message(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(TemplateRefused, match="makes nothing of these messages"):
+        encode(tokenizer, [{"role": "user", "content": ""}])
 
 
 def test_what_the_template_says_is_passed_on(tokenizer: Any) -> None:

@@ -53,7 +53,7 @@ def test_it_says_what_transformers_pipeline_says(classifier: TransformersClassif
     assert (document["object"], document["model"]) == ("list", "code-lm")
     assert response.headers["x-headway-version"] == "code-lm@3"
     assert [entry["index"] for entry in document["data"]] == list(range(len(TEXTS) * 7))
-    expected = [pipeline(text) for text in TEXTS]
+    expected = pipeline(TEXTS)
     for entry, scores in zip(document["data"], expected * 7, strict=True):
         assert (entry["label"], entry["score"]) == (scores[0]["label"], pytest.approx(scores[0]["score"], abs=1e-5))
         assert entry["scores"] == {score["label"]: pytest.approx(score["score"], abs=1e-5) for score in scores}

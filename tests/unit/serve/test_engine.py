@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def test_the_end_token_ends_and_is_not_shown(tmp_path: Path) -> None:
         Piece(text="", num_tokens=1, finish_reason="stop")
     ]
     assert asyncio.run(engine.encode("")) == [end]
+
+
+def test_a_turn_ends_where_the_chat_says(engine: TransformersEngine) -> None:
+    """At a token that ends nothing else: the model's config names no end."""
+    prompt = (5, 6, 7)
+    model: Any = engine._model
+    ids = torch.tensor([prompt])
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)[0, 3:].tolist()
+    at = next(number for number, token in enumerate(said) if number >= 3 and token not in said[:number])
+    pieces = run(engine, Generation(prompt=prompt, max_tokens=8, temperature=0.0, end_tokens=(said[at],)))
+    assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("stop", at + 1)
+    assert text(pieces) == asyncio.run(engine.decode(said[:at]))
 
 
 def test_closing_stops_the_model(engine: TransformersEngine) -> None:

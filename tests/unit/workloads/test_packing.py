@@ -81,12 +81,16 @@ def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return found.detach()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
 @pytest.mark.parametrize("model_type", sorted(MODEL_TYPES))
-def test_no_token_sees_another_conversation(model_type: str, training: bool) -> None:
+def test_no_token_sees_another_conversation(model_type: str, training: bool, attention: str) -> None:
     task = tiny(model_type)
     task.check()
     model: Any = build(task).train(training)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"transformers has no sdpa for {model_type}, which takes eager")
+    model.set_attn_implementation(attention)
     if training and model.supports_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parts = [conversation(length, seed) for seed, length in enumerate(LENGTHS)]
@@ -97,11 +101,14 @@ def test_no_token_sees_another_conversation(model_type: str, training: bool) -> 
     assert torch.equal(whole[:, first:], other[:, first:])
     assert not torch.allclose(whole[:, :first], other[:, :first], atol=1e-3)
 
-    alone, counted = torch.zeros(()), 0
+    alone, counted, start = torch.zeros(()), 0, 0
     for part in parts:
         own = task.collate(packed(part))
         alone = alone + task.loss_sum(model, own).detach()
         counted += task.num_targets(own)
+        unpacked = model(input_ids=own["input_ids"][:, : len(part)], use_cache=False).logits.detach()
+        torch.testing.assert_close(whole[:, start : start + len(part)], unpacked, rtol=1e-5, atol=1e-5)
+        start += len(part)
     assert task.num_targets(batch) == counted > 0
     torch.testing.assert_close(task.loss_sum(model, batch).detach(), alone, rtol=1e-5, atol=1e-5)
 
@@ -152,6 +159,24 @@ def test_a_stream_has_no_positions() -> None:
 def test_other_architectures_are_refused(model_type: str) -> None:
     with pytest.raises(SpecError, match=r"not known to keep them apart.*Use a model of another type: apertus"):
         require_apart(transformers.CONFIG_MAPPING[model_type]())
+
+
+def test_attention_that_passes_over_positions_is_refused() -> None:
+    config = transformers.LlamaConfig(attn_implementation="flash_attention_2")
+    with pytest.raises(SpecError, match="attention by flash_attention_2 is not known to keep them apart"):
+        require_apart(config)
+
+
+def test_code_of_ones_own_is_refused() -> None:
+    with pytest.raises(SpecError, match="models with code of their own, as OwnLlama is, are not known to keep them"):
+        require_apart(transformers.LlamaConfig(), own_class="OwnLlama")
+
+
+def test_a_model_of_several_parts_is_refused() -> None:
+    """Its text part alone would do."""
+    require_apart(transformers.Gemma3Config().get_text_config())
+    with pytest.raises(SpecError, match="models of the type gemma3 are not known"):
+        require_apart(transformers.Gemma3Config())
 
 
 def test_a_layer_of_another_kind_is_refused() -> None:

@@ -12,8 +12,11 @@ from torch import nn
 from orchestrator.pretrained.format import BaseManifest
 from orchestrator.pretrained.source import list_base
 from tests.unit.fakes import MemoryStore
+from tests.unit.workloads.bases import dataset_manifest, run_spec, save_base
+from tests.unit.workloads.bases import fetched as fetched_base
 from workloads.fetch_base import fetch_base
-from workloads.pretrained_model import origin_of, without_weights
+from workloads.pretrained_model import adapter_config, origin_of, without_weights
+from workloads.tasks import task_of
 
 BERT: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
@@ -88,3 +91,18 @@ def test_a_tied_weight_is_found_under_any_of_its_names(memory_store: MemoryStore
     tensors["cls.predictions.decoder.weight"] = tensors.pop("bert.embeddings.word_embeddings.weight")
     found = origin_of(model, manifest.model_copy(update={"tensors": tensors})).tensors
     assert found["bert.embeddings.word_embeddings.weight"] == "cls.predictions.decoder.weight"
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "revision"),
+    [("hf://org/name@" + 40 * "a", "org/name", 40 * "a"), ("s3://bucket/llama", "s3://bucket/llama", None)],
+)
+def test_peft_finds_the_base_where_it_looks_for_it(
+    memory_store: MemoryStore, tmp_path: Path, uri: str, name: str, revision: str | None
+) -> None:
+    spec = run_spec(model={"pretrained": str(save_base(tmp_path / "base")), "lora": {"rank": 3, "alpha": 5.0}})
+    base = fetched_base(memory_store, Path(str(spec.model.pretrained)), spec)
+    task = task_of(spec, dataset_manifest(whole_tokenizer=True), base)
+    config = adapter_config(task, base_name=uri)
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)
+    assert (config.r, config.lora_alpha, config.inference_mode) == (3, 5.0, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,18 @@ import torch
 import transformers
 
 from orchestrator.dataset.format import Split
+from orchestrator.dataset.reader import TokenReader
 from orchestrator.dataset.rows import labelled_row, unpack_labelled
+from orchestrator.store import layout
+from tests.tiny_classifier import save_classifier
 from tests.tiny_model import make_tokenizer
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads.bases import TINY, dataset_manifest, fetched, run_spec, save_base
-from workloads.tasks import Samples, TaskContext, task_of
+from tests.unit.workloads.preparing import FINGERPRINT, json_lines, prepare_here, put
+from workloads.evaluate import add_up
+from workloads.serve.admission import EngineSettings
+from workloads.serve.classifier import TransformersClassifier
+from workloads.tasks import Samples, TaskContext, check_task, task_of
 from workloads.tasks.sequence_classification import IGNORED, SequenceClassification, macro_f1
 
 CLASSES = ("bad", "good", "odd")
@@ -70,7 +79,8 @@ def test_padding_counts_for_nothing(task: SequenceClassification) -> None:
     alone = sum(float(task.loss_sum(model, task.collate(samples([text]))).detach()) for text in TEXTS)
     for batch in (plain, padded):
         assert float(task.loss_sum(model, batch).detach()) == pytest.approx(alone, rel=1e-5)
-    assert task.eval_sums(model, plain) == pytest.approx(task.eval_sums(model, padded), rel=1e-5)
+    with torch.no_grad():
+        assert task.eval_sums(model, plain) == pytest.approx(task.eval_sums(model, padded), rel=1e-5)
 
 
 def test_a_batch_of_padding_alone_has_no_loss(task: SequenceClassification) -> None:
@@ -78,7 +88,8 @@ def test_a_batch_of_padding_alone_has_no_loss(task: SequenceClassification) -> N
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
     model = task.build_model().eval()
     assert float(task.loss_sum(model, batch).detach()) == 0.0
-    assert set(task.eval_sums(model, batch).values()) == {0.0}
+    with torch.no_grad():
+        assert set(task.eval_sums(model, batch).values()) == {0.0}
 
 
 class Scripted(torch.nn.Module):
@@ -133,6 +144,69 @@ def test_the_loss_falls(task: SequenceClassification) -> None:
     learns(task, task.build_model())
 
 
+def labelled_texts() -> list[dict[str, Any]]:
+    code = [{"text": f"def f{number}(self): return {number}", "label": "code"} for number in range(40)]
+    return [*code, *({"text": f"a café, the {number}th", "label": "prose"} for number in range(60))]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_from_texts_to_figures(
+    memory_store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """From scratch: prepared with a tokenizer of its own, trained, exported, evaluated in two shares, and served."""
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
+    spec = run_spec(
+        task="sequence-classification",
+        model={"architecture": ARCHITECTURES[name]},
+        data={"train": "s3://corpus/**", "format": "jsonl", "label_field": "label", "eval_fraction": 0.2,
+              "sequence_length": 32, "vocab_size": 300},
+        train={"steps": 30, "micro_batch_size": 4},
+    )  # fmt: skip
+    check_task(spec)
+    made = prepare_here(spec.data, put(memory_store, json_lines(labelled_texts())))
+    task = task_of(spec, made.manifest)
+    assert task.context.classes == ("code", "prose")
+    torch.manual_seed(0)
+    model: Any = task.build_model()
+    reader = TokenReader(memory_store, made.manifest, made.manifest.train, sequence_length=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(spec.train.steps or 0):
+        indices = np.random.default_rng(step).permutation(reader.num_samples)[:16]
+        batch = task.collate(Samples(rows=reader.rows(indices), num_real=16, row_rng=np.random.default_rng))
+        (task.loss_sum(model, batch) / task.num_targets(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    exported = tmp_path / "exported"
+    model.save_pretrained(exported)
+    (tmp_path / "tokenizer.json").write_bytes(memory_store.get(layout.dataset("here", FINGERPRINT) + "tokenizer.json"))
+    task.save_assets(exported, tokenizer=tmp_path / "tokenizer.json", dtype="fp32")
+    loaded = task.load_model(exported).eval()
+    device = torch.device("cpu")
+    shares = [
+        add_up(spec, task, loaded, made.manifest, memory_store, share=share, num_shares=2, device=device)
+        for share in range(2)
+    ]
+    sums = {key: sum(share[key] for share, _ in shares) for key in shares[0][0]}
+    num_targets = sum(count for _, count in shares)
+    held_out = TokenReader(memory_store, made.manifest, made.manifest.eval, sequence_length=32)
+    assert num_targets == held_out.num_samples > 10
+    figures = task.metrics(sums, num_targets=num_targets, split=made.manifest.eval)
+    assert (figures["accuracy"], figures["f1"]) == (1.0, 1.0)
+    assert figures["loss"] < 0.3
+
+    classifier = TransformersClassifier.load(exported, EngineSettings(num_threads=1))
+    trained = set()
+    for split in (reader, held_out):
+        rows = split.rows(np.arange(split.num_samples))
+        for ids, length in zip(rows["tokens"].tolist(), rows["length"], strict=True):
+            trained.add(tuple(ids[:length]))
+    texts = [asyncio.run(classifier.encode(record["text"])) for record in labelled_texts()]
+    assert {tuple(ids) for ids in texts} == trained
+    likeliest = [scores.index(max(scores)) for scores in asyncio.run(classifier.classify(texts))]
+    assert [classifier.labels[number] for number in likeliest] == [record["label"] for record in labelled_texts()]
+
+
 def test_the_exported_directory_is_a_pipelines(task: SequenceClassification, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = task.build_model()
@@ -140,7 +214,7 @@ def test_the_exported_directory_is_a_pipelines(task: SequenceClassification, tmp
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
     task.save_assets(tmp_path / "model", tokenizer=tmp_path / "tokenizer.json", dtype="fp32")
     pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "model"), top_k=None, device="cpu")
-    scores = {score["label"]: score["score"] for score in pipeline("def __init__(self")}
+    scores = {score["label"]: score["score"] for score in pipeline(["def __init__(self"])[0]}
     ids = make_tokenizer().encode("def __init__(self").ids
     batch = task.collate(samples([(0, ids)]))
     with torch.inference_mode():
@@ -183,6 +257,22 @@ def test_a_base_gets_a_new_head(
     assert weight.shape == (3, TINY["hidden_size"])
     assert 0.0 < float(weight.detach().std()) < 0.1  # initialised, and not what lay in memory
     assert task.model_config().pad_token_id == 0
+
+
+def test_a_decoder_without_a_pad_token_takes_a_batch(
+    memory_store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pretrained one is evaluated as it is, for its loss before the training."""
+    monkeypatch.setenv("HEADWAY_CACHE", str(tmp_path / "cache"))
+    directory = save_classifier(tmp_path / "base", seed=1, model_type="llama")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    task = with_base(memory_store, directory)
+    model = task.load_model(directory).eval()
+    with torch.no_grad():
+        together = task.eval_sums(model, task.collate(samples(TEXTS)))["loss"]
+        alone = sum(task.eval_sums(model, task.collate(samples([text])))["loss"] for text in TEXTS)
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_an_adapter_leaves_the_head_trainable(

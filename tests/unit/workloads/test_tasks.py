@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import transformers
 
+from orchestrator.dataset.format import Split
 from orchestrator.errors import NotFound, SpecError
 from orchestrator.pretrained.source import list_base
 from tests.tiny_model import make_tokenizer
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads.bases import TEMPLATE, TINY, dataset_manifest, fetched, run_spec, save_base
 from workloads.fetch_base import fetch_base
-from workloads.tasks import check_task, task_of
+from workloads.tasks import Samples, Task, TaskContext, check_task, load_task, task_of
 from workloads.tasks.base_context import base_context
 
 JSONL = {"train": "data/*.jsonl", "format": "jsonl", "sequence_length": 16}
+PAGE = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text()
 LABELLED = {**JSONL, "label_field": "kind"}
 MESSAGES = {"train": "data/*.jsonl", "format": "messages", "sequence_length": 16}
+NUM_TOKENS = make_tokenizer().get_vocab_size()
 BERT = {"architecture": {"model_type": "bert", **TINY}}
 
 
@@ -99,7 +105,7 @@ def test_a_base_gives_the_config(memory_store: MemoryStore, tmp_path: Path) -> N
     check_task(spec, base)
     task = task_of(spec, dataset_manifest(kind="packed", whole_tokenizer=True), base)
     config = task.model_config()
-    assert (config.model_type, config.rms_norm_eps, config.vocab_size) == ("llama", 1e-3, 384)
+    assert (config.model_type, config.rms_norm_eps, config.vocab_size) == ("llama", 1e-3, NUM_TOKENS)
     assert task.remote_code == {"trust_remote_code": False}
     assert not list(base.directory.glob("*.safetensors"))
 
@@ -113,7 +119,7 @@ def test_no_base_for_a_run_from_scratch(memory_store: MemoryStore) -> None:
 @pytest.mark.parametrize(
     ("fields", "changes", "message"),
     [
-        ({"vocab_size": 300}, {}, "gives 384 ids, but the model's embedding has 300 rows"),
+        ({"vocab_size": 300}, {}, f"gives {NUM_TOKENS} ids, but the model's embedding has 300 rows"),
         ({}, {"data": {**JSONL, "sequence_length": 65}}, "data.sequence_length: 65 is above the 64 positions"),
         ({"model_type": "bert"}, {"data": MESSAGES}, "models of the type bert are not known to keep them apart"),
     ],
@@ -195,3 +201,66 @@ def test_the_whole_tokenizer_is_exported(memory_store: MemoryStore, tmp_path: Pa
     assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
     assert "/" not in json.dumps({**config, "transformers_version": ""})  # no path of this node
     assert not list(exported.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({"model_type": "llama", "hidden_size": 32}, 512),
+        ({"model_type": "llama", **TINY}, TINY["max_position_embeddings"]),
+        ({"model_type": "mamba", "hidden_size": 32}, None),  # it counts none
+    ],
+)
+def test_the_positions_of_a_model_from_scratch(fields: dict[str, Any], positions: int | None) -> None:
+    spec = run_spec(model={"architecture": fields})
+    check_task(spec)
+    config = task_of(spec, dataset_manifest()).model_config()
+    assert getattr(config, "max_position_embeddings", None) == positions
+    assert config.hidden_size == 32
+
+
+# -- docs/tasks.md
+
+
+def test_the_pages_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "page_of_tasks.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    context = TaskContext(
+        architecture={"model_type": "llama", **TINY}, vocab_size=NUM_TOKENS, end_of_text_id=0, sequence_length=16
+    )
+    own, plain = (load_task(name, context) for name in ("page_of_tasks:Smoothed", "causal-lm"))
+    tokens = np.random.default_rng(1).integers(0, NUM_TOKENS, (2, 17))
+    batch = own.collate(Samples(rows={"tokens": tokens}, num_real=2, row_rng=np.random.default_rng))
+    torch.manual_seed(0)
+    model = own.build_model().eval()
+    with torch.no_grad():
+        loss, smoothed = float(plain.loss_sum(model, batch)), float(own.loss_sum(model, batch))
+        logits = model(input_ids=batch["input_ids"]).logits.float().log_softmax(-1)
+        assert own.eval_sums(model, batch) == {"loss": pytest.approx(loss)}
+    assert smoothed == pytest.approx(0.9 * loss - 0.1 * float(logits.mean(-1).sum()), rel=1e-5)
+
+
+def test_the_page_has_every_part_of_a_task() -> None:
+    table = PAGE.split("These are the parts:")[1].split("The gradient is")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    parts = {name: row[2].strip() for row in rows for name in re.findall(r"`(\w+)(?:\(|`)", row[1])}
+    assert {name for name, given in parts.items() if given == "yes"} == Task.__abstractmethods__
+    inner = {"build_model", "model_class_name", "remote_code", "save_config", "save_tokenizer"}
+    assert set(parts) == {name for name in vars(Task) if not name.startswith("_")} - inner
+    # What the page says of the context:
+    fields = PAGE.split("`self.context` has")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", fields)) == set(TaskContext.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", ["causal-lm", "sequence-classification"])
+def test_the_page_has_the_figures_of_a_task(name: str) -> None:
+    (line,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
+    task = load_task(
+        name, TaskContext(architecture=None, vocab_size=2, end_of_text_id=0, sequence_length=1, classes=("a", "b"))
+    )
+    sums = dict.fromkeys(
+        ["loss", "correct", *(f"{what}.{number}" for what in ("tp", "fp", "fn") for number in "01")], 0.0
+    )
+    split = Split(shards=(), num_tokens=1, num_bytes=1, num_files=1)
+    assert set(re.findall(r"`(\w+)`", line.split("|")[4])) == set(task.metrics(sums, num_targets=1, split=split))
