@@ -329,6 +329,7 @@ def export(
     to: Annotated[str, typer.Option(help="A new directory, or an empty s3://bucket/prefix.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="auto (as trained), fp32, bf16 or fp16.")] = "auto",
     max_shard_bytes: Annotated[int, typer.Option(help="Most bytes of tensors in one file.", min=2**20)] = 2 * 2**30,
+    lora: Annotated[str, typer.Option(help="Of a LoRA run: merged (the whole model), or adapter alone.")] = "merged",
     store: StoreUri = None,
     json: Json = False,
 ) -> None:
@@ -337,7 +338,13 @@ def export(
 
     reporter = Reporter(json_mode=json)
     result = command(
-        checkpoint, to=to, dtype=dtype, max_shard_bytes=max_shard_bytes, store_uri=store, reporter=reporter
+        checkpoint,
+        to=to,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        form=lora,
+        store_uri=store,
+        reporter=reporter,
     )
     reporter.result(*result)
 

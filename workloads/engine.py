@@ -62,6 +62,7 @@ class Engine:
         )
         _give_freed_memory_back()
         self.state = ZeroState(self._engine)
+        self._engine.register_forward_pre_hook(lambda *_: self.state.gather_kept())
 
     @property
     def module(self) -> nn.Module:

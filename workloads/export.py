@@ -152,11 +152,14 @@ def save_assets(store: Store, run_id: str, directory: Path, *, dtype: str, form:
             f"{store.uri_of(layout.run_spec(run_id))} is not a run file of this version of Headway.",
             next_step="Use the version that trained the run.",
         ) from e
+    base_fingerprint = str(facts.get("base_fingerprint") or "")
+    if spec.model.pretrained is not None and not base_fingerprint:
+        raise SpecError(f"{store.uri_of(layout.run_spec(run_id))} does not say which pretrained model that was.")
     dataset = _dataset_of(store, spec, fingerprint)
     with tempfile.TemporaryDirectory(prefix="headway-assets-") as scratch:
         assets = Path(scratch) / "model"
         assets.mkdir()
-        task = task_of(spec, dataset, base_context(spec, store, str(facts.get("base_fingerprint", ""))))
+        task = task_of(spec, dataset, base_context(spec, store, base_fingerprint))
         tokenizer = fetch_tokenizer(store, dataset, Path(scratch) / "tokenizer") / dataset.tokenizer.file
         _write_assets(spec, task, assets, tokenizer=tokenizer, dtype=dtype, form=form)
         for path in assets.iterdir():

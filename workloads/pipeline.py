@@ -400,6 +400,7 @@ def _record_spec(store: Store, spec: RunSpec, identity: RunIdentity) -> None:
         "run_id": identity.run_id,
         "dataset_fingerprint": identity.dataset_fingerprint,
         "code_digest": identity.code_digest,
+        "base_fingerprint": identity.base.fingerprint if identity.base is not None else "",
         "headway": __version__,
     }
     try:

@@ -77,8 +77,17 @@ def adapter_config(task: Task, *, base_name: str) -> Any:
     """
     assert task.context.lora is not None
     config = _lora_config(_skeleton(task), task.context.lora, task)
-    config.base_model_name_or_path, config.inference_mode = base_name, True
+    config.base_model_name_or_path, config.revision = _hub_name(base_name)
+    config.inference_mode = True
     return config
+
+
+def _hub_name(uri: str) -> tuple[str, str | None]:
+    """A pretrained model as peft loads it: one on the hub by repository and commit, any other by its address."""
+    if not uri.startswith("hf://"):
+        return uri, None
+    name, _, commit = uri.removeprefix("hf://").partition("@")
+    return name, commit
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.adapter import BaseReference, LoraPair
 from orchestrator.errors import IntegrityError, NotFound
-from orchestrator.pretrained.format import read_base
+from orchestrator.pretrained.format import BaseManifest, read_base
 from orchestrator.pretrained.reader import BasePiece, BaseReader
 from orchestrator.store import Store, layout
 
@@ -55,6 +55,25 @@ def open_base(store: Store, reference: BaseReference) -> BaseReader:
     return BaseReader(store, manifest, num_readers=NUM_READERS)
 
 
+def require_files(store: Store, reader: BaseReader) -> None:
+    """Whether its files are all there, as long as they were. Reads none of them.
+
+    Raises:
+        BaseUnusable: naming the first that is not.
+    """
+    manifest = reader.manifest
+    sizes = {item.key: item.size_bytes for item in store.list(manifest.prefix)}
+    expected = {name: file.size_bytes for part in (manifest.files, manifest.weights) for name, file in part.items()}
+    for name, size_bytes in expected.items():
+        found = sizes.get(manifest.prefix + name)
+        if found != size_bytes:
+            what = f"holds {found} bytes, not {size_bytes}" if found is not None else "is gone"
+            raise BaseUnusable(
+                f"{store.uri_of(manifest.prefix + name)}, which the checkpoint refers to, {what}.",
+                next_step=_fetch_again(manifest),
+            )
+
+
 def read_pieces(reader: BaseReader, pieces: Sequence[BasePiece]) -> None:
     """
     Raises:
@@ -63,4 +82,9 @@ def read_pieces(reader: BaseReader, pieces: Sequence[BasePiece]) -> None:
     try:
         reader.read(pieces)
     except (IntegrityError, NotFound) as e:
-        raise BaseUnusable(e.message, next_step=e.next_step) from e
+        raise BaseUnusable(e.message, next_step=_fetch_again(reader.manifest)) from e
+
+
+def _fetch_again(manifest: BaseManifest) -> str:
+    place = layout.base(manifest.fingerprint)
+    return f"Delete {place} in the store and submit the run again: it fetches the same from {manifest.uri}."

@@ -104,6 +104,9 @@ class Family(ABC):
     def refresh(self) -> None:
         """Copy the masters to the weights that compute."""
 
+    def gather_kept(self) -> None:  # noqa: B027  most keep all whole
+        """Gather the weights that every rank is to hold whole between forward passes, where it does not."""
+
     def weights(self, parameter: torch.nn.Parameter) -> tuple[int, Tensor]:
         """This rank's part of the weights that compute: where it starts in the parameter, and a flat view."""
         return 0, parameter.detach().view(-1)
@@ -228,8 +231,12 @@ class Stage3(Family):
         optimizer._partition_all_parameters()
         for group in range(len(self.groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if len(optimizer.persistent_parameters) > 0:  # small ones, frozen ones too, which stay gathered
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        self.gather_kept()
+
+    def gather_kept(self) -> None:
+        small = self.optimizer.persistent_parameters  # frozen ones too
+        if len(small) > 0:
+            small[0].all_gather(small)
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:

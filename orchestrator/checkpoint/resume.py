@@ -98,7 +98,7 @@ def load_weights(store: Store, run_id: str, step: int, state: ZeroState, module:
 
     Raises:
         NotFound: that run has no committed checkpoint of that step. IntegrityError: it is damaged.
-        RunError: the model has other parameters than the checkpoint.
+        RunError: the model has other parameters than the checkpoint, or the checkpoint holds an adapter.
     """
     choice = tell_all(_choose_step(store, run_id, step) if rank == 0 else "", rank=rank)
     if choice == _FRESH:
@@ -108,6 +108,11 @@ def load_weights(store: Store, run_id: str, step: int, state: ZeroState, module:
         manifest, found = read_manifest(store, folder)
         if found != digest:
             raise IntegrityError(f"The manifest of step {step} of {run_id} is not the one that rank 0 read.")
+        if manifest.base is not None:
+            raise RunError(
+                f"model.init_from: step {step} of {run_id} holds an adapter, and no model to start from.",
+                next_step=f"headway export {run_id}@{step} --to DIRECTORY, and name that in model.pretrained.",
+            )
         _fill(CheckpointReader(store, folder, manifest), store, state, module, kinds=("fp32",))
     all_agree(True)
     state.refresh()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoint.base import open_base
+from orchestrator.checkpoint.base import open_base, require_files
 from orchestrator.checkpoint.catalog import Folder, read_manifest
 from orchestrator.checkpoint.format import DTYPE_BYTES, KINDS, MAX_DIMENSIONS, MAX_SIZE, Manifest
 from orchestrator.checkpoint.reader import CheckpointReader, Piece
@@ -32,8 +32,8 @@ def verify(store: Store, folder: Folder) -> Verified:
     """Check a committed checkpoint to the last byte.
 
     Checked are the manifest against its own digest, each index against the manifest, each block against its index, and
-    each file's safetensors header against the manifest. Pretrained weights that it refers to must be there, and are not
-    read.
+    each file's safetensors header against the manifest. Pretrained weights that it refers to must be there, of
+    the right size, and are not read.
 
     Raises:
         IntegrityError, NotFound: naming the first bad part.
@@ -42,7 +42,7 @@ def verify(store: Store, folder: Folder) -> Verified:
     reader = CheckpointReader(store, folder, manifest)
     reader.check_indexes()
     if manifest.base is not None:
-        open_base(store, manifest.base)
+        require_files(store, open_base(store, manifest.base))
     for number, file in enumerate(manifest.files):
         reader.check_file(number)
         require_same_tensors(_read_header(reader, number), expected_tensors(manifest, number), source=file.key)

@@ -147,6 +147,16 @@ class ZeroState:
         with torch.no_grad():
             self._family.refresh()
 
+    def gather_kept(self) -> None:
+        """Gather what ZeRO-3 means to keep gathered: to be called before each forward pass. Collective.
+
+        DeepSpeed gathers it anew after each optimizer step alone, and lets go of it in the first pass that it records.
+        A pass before the next step then finds a LoRA matrix gone that peft's layer looks at, takes it for that
+        layer's own from there on, and fails in the backward pass, where its record says otherwise.
+        """
+        with torch.no_grad():
+            self._family.gather_kept()
+
     def _require_adam(self) -> None:
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from orchestrator.checkpoint.catalog import Folder, read_manifest
 from orchestrator.checkpoint.convert import FLOATS
@@ -24,16 +24,19 @@ from orchestrator.checkpoint.export import (
     plan_files,
     weight_index,
 )
+from orchestrator.checkpoint.format import Manifest
 from orchestrator.checkpoint.retention import pinned
 from orchestrator.checkpoint.sources import Weights, open_weights
 from orchestrator.commands.locate import find_checkpoints, locate
 from orchestrator.errors import AlreadyExists, EnvironmentUnusable, NotFound, SpecError, StoreError, UsageError
+from orchestrator.pretrained.format import read_base
 from orchestrator.reporter import Reporter, Result
 from orchestrator.store import Store, layout
 from orchestrator.store.s3 import split_uri
 
 _ASSETS = "workloads.export"  # by name: orchestrator imports nothing of workloads
 _WEIGHTS_ONLY = "Weights only, without config and tokenizer"
+_FORMS: dict[str, Form] = {"merged": "merged", "adapter": "adapter"}
 DONE = "export.json"
 """Written last, so that an export is whole where it is; it lists the files with their digests."""
 CLAIM = "claim.json"
@@ -46,14 +49,15 @@ def export(
     to: str,
     dtype: str,
     max_shard_bytes: int,
+    form: str,
     store_uri: str | None,
     reporter: Reporter,
-    form: Form = "merged",
 ) -> Result:
     """Write the newest checkpoint that ``name`` stands for.
 
     Args:
-        form: of a checkpoint that holds a LoRA adapter: the whole model, or peft's files alone.
+        form: of a checkpoint that holds a LoRA adapter: ``merged``, the whole model, or ``adapter``, peft's files
+            alone. Any other checkpoint can be written as the whole model only.
 
     Raises:
         UsageError: there is no such checkpoint, or the place is taken. IntegrityError: it is damaged, or the
@@ -61,22 +65,36 @@ def export(
     """
     if dtype != "auto" and dtype not in FLOATS:
         raise UsageError(f"--dtype {dtype} is none that weights are exported as.", next_step="Give fp32, bf16 or fp16.")
+    wanted = _form(form)
     store, name = locate(name, store_uri)
     folder = find_checkpoints(store, name)[0]
     place = _place(to, store)
     try:
         with pinned(store, folder, reason="headway export reads it"):
-            facts = _write(store, folder, place, dtype, max_shard_bytes, form, reporter)
+            facts = _write(store, folder, place, dtype, max_shard_bytes, wanted, reporter)
         place.finish(facts)
     except BaseException:
         place.discard()
         raise
-    return {**facts, "to": to}, f"Step {folder.step} of {folder.run_id} is exported to {to} as {facts['dtype']}."
+    said = f"Step {folder.step} of {folder.run_id} is exported to {to} as {facts['dtype']}."
+    if "base" in facts:
+        said += f" It is an adapter, and needs the pretrained model of {facts['base']['uri']}."
+    return {**facts, "to": to}, said
+
+
+def _form(text: str) -> Form:
+    """
+    Raises:
+        UsageError: there is no such form.
+    """
+    if text not in _FORMS:
+        raise UsageError(f"--lora {text} is no form of an export.", next_step="Give merged or adapter.")
+    return _FORMS[text]
 
 
 def _write(
     store: Store, folder: Folder, place: Place, dtype: str, max_shard_bytes: int, form: Form, reporter: Reporter
-) -> dict[str, object]:
+) -> dict[str, Any]:
     manifest, _ = read_manifest(store, folder)
     chosen = manifest.state.precision if dtype == "auto" else dtype
     files = plan_files(manifest, dtype=chosen, max_shard_bytes=max_shard_bytes, form=form)
@@ -92,9 +110,17 @@ def _write(
         "checkpoint": store.uri_of(folder.prefix),
         "step": folder.step,
         "dtype": chosen,
+        **_base_facts(store, manifest, form),
         "files": {file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256} for file in written},
         "assets": _put_assets(store, folder, place, chosen, form, reporter),
     }
+
+
+def _base_facts(store: Store, manifest: Manifest, form: Form) -> dict[str, object]:
+    """What an adapter is nothing without."""
+    if form == "merged" or manifest.base is None:
+        return {}
+    return {"base": {**manifest.base.model_dump(), "uri": read_base(store, manifest.base.fingerprint).uri}}
 
 
 class Place(Protocol):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
+import hashlib
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ import transformers
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from orchestrator.checkpoint.catalog import committed_steps
 from orchestrator.checkpoint.resume import load_base
-from orchestrator.dataset.format import DatasetManifest, read_manifest
+from orchestrator.dataset.format import DatasetManifest, TokenizerFile, read_manifest
 from orchestrator.dataset.order import SampleOrder
 from orchestrator.dataset.reader import TokenReader
 from orchestrator.plan import split_batch
@@ -23,8 +27,15 @@ from orchestrator.pretrained.format import BaseManifest
 from orchestrator.pretrained.source import list_base
 from orchestrator.schedule import learning_rate
 from orchestrator.spec import RunSpec, parse
-from orchestrator.store import Attempt, Store, claim_attempt, open_store
-from tests.integration.training import GLOBAL_BATCH, SEQUENCE_LENGTH, VOCAB_SIZE, KeptModel, probe_ids
+from orchestrator.store import Attempt, Store, claim_attempt, layout, open_store
+from tests.integration.training import (
+    GLOBAL_BATCH,
+    SEQUENCE_LENGTH,
+    VOCAB_SIZE,
+    KeptModel,
+    make_dataset,
+    probe_ids,
+)
 from tests.tiny_model import END_OF_TEXT, make_tokenizer
 from workloads.engine import Engine, parameter_groups
 from workloads.fetch_base import fetch_base
@@ -61,6 +72,19 @@ def fetch(store: Store, directory: Path) -> BaseManifest:
     return fetch_base(list_base(str(directory), store), store)
 
 
+def dataset_of(store: Store, directory: Path) -> DatasetManifest:
+    """The numbers of :func:`make_dataset`, as if they were prepared with the tokenizer of a pretrained model."""
+    made = make_dataset(store)
+    config = (directory / "tokenizer_config.json").read_bytes()
+    file = TokenizerFile(size_bytes=len(config), sha256=hashlib.sha256(config).hexdigest())
+    tokenizer = made.tokenizer.model_copy(update={"files": {"tokenizer_config.json": file}})
+    manifest = made.model_copy(update={"tokenizer": tokenizer})
+    store.create(f"{layout.dataset(made.name, made.fingerprint)}tokenizer_config.json", config)
+    store.delete([layout.dataset_manifest(made.name, made.fingerprint)])
+    store.create_json(layout.dataset_manifest(made.name, made.fingerprint), manifest.model_dump(mode="json"))
+    return manifest
+
+
 def finetuning(
     directory: Path,
     *,
@@ -93,7 +117,15 @@ def finetuning(
     )
 
 
-def make_job(store: Store, spec: RunSpec, run_id: str, base: BaseManifest, *, total_steps: int) -> tuple[str, Attempt]:
+def make_job(
+    store: Store,
+    spec: RunSpec,
+    run_id: str,
+    base: BaseManifest,
+    *,
+    total_steps: int,
+    dataset: tuple[str, str] = ("tiny", "0123456789abcdef"),
+) -> tuple[str, Attempt]:
     """A job for :func:`finetune`, under a new attempt."""
     attempt = claim_attempt(store, run_id, facts={})
     job = TrainJob(
@@ -102,7 +134,7 @@ def make_job(store: Store, spec: RunSpec, run_id: str, base: BaseManifest, *, to
         run_id=run_id,
         attempt=attempt.number,
         attempt_nonce=attempt.nonce,
-        dataset=("tiny", "0123456789abcdef"),
+        dataset=dataset,
         base=base.fingerprint,
         total_steps=total_steps,
     )
@@ -135,13 +167,7 @@ def finetune(job: str, break_at: int = 0) -> Tuned:
 
     KeptModel.engines.clear()
     try:
-        train(
-            TrainJob.model_validate(json.loads(job)),
-            rank=distributed.get_rank(),
-            world_size=distributed.get_world_size(),
-            device=torch.device("cpu"),
-            on_step=on_step,
-        )
+        _train(job, on_step)
     except Broken:
         return Tuned(losses=losses)
     with torch.no_grad():  # every rank: ZeRO-3 gathers as it goes
@@ -149,9 +175,40 @@ def finetune(job: str, break_at: int = 0) -> Tuned:
     return Tuned(losses=losses, logits=output.logits.numpy())
 
 
+def losses_of(job: str) -> dict[int, float]:
+    """Train on this rank. Losses by step, from 1."""
+    losses: dict[int, float] = {}
+    _train(job, lambda figures: losses.update({int(figures["step"]): figures["loss"]}))
+    return losses
+
+
+def train_until_killed(job: str, committed_step: int, last_step: int) -> None:
+    """Train on this rank, and SIGKILL it at ``last_step``, once the checkpoint of an earlier step is committed."""
+    parsed = TrainJob.model_validate_json(job)
+    store = open_store(parsed.store)
+
+    def on_step(figures: dict[str, float]) -> None:
+        if int(figures["step"]) == last_step:
+            while committed_step not in committed_steps(store, parsed.run_id):
+                pass  # the test's own time-out ends it
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _train(job, on_step)
+
+
+def _train(job: str, on_step: Callable[[dict[str, float]], None]) -> None:
+    train(
+        TrainJob.model_validate_json(job),
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+        device=torch.device("cpu"),
+        on_step=on_step,
+    )
+
+
 def loading_excess(job: str) -> tuple[int, int]:
     """Bytes that this rank held at the worst moment of loading beyond what it holds afterwards; bytes of the model."""
-    parsed = TrainJob.model_validate(json.loads(job))
+    parsed = TrainJob.model_validate_json(job)
     spec, store = parsed.spec, open_store(parsed.store)
     base = base_context(spec, store, parsed.base)
     assert base is not None

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import transformers
 import yaml
 
 from orchestrator.pretrained.format import read_base
@@ -150,6 +151,12 @@ def test_a_chat_model_is_tuned_by_an_adapter_that_serves(
     assert read_base(stack_store, version.base.fingerprint).digest == version.base.digest
     assert {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja"} <= version.files.keys()
     assert "model.safetensors" not in version.files
+
+    whole = tmp_path / "whole"
+    exported = headway("export", "tuned@40", "--to", str(whole), "--lora", "merged")
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    transformers.AutoModelForCausalLM.from_pretrained(whole, use_safetensors=True)
+    assert transformers.AutoTokenizer.from_pretrained(whole).chat_template
 
     served = headway("serve", "tuned")
     assert served.returncode == 0, served.stdout + served.stderr

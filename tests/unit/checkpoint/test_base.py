@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,89 +9,37 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from orchestrator.checkpoint.adapter import BaseReference, LoraPair
-from orchestrator.checkpoint.base import BaseUnusable, Origin
+from orchestrator.checkpoint.base import BaseUnusable
+from orchestrator.checkpoint.catalog import committed_steps
 from orchestrator.checkpoint.export import export_to_directory, plan_files
-from orchestrator.checkpoint.resume import load_base, resume_newest
+from orchestrator.checkpoint.resume import load_base, load_weights, resume_newest
 from orchestrator.checkpoint.sources import Slice, open_weights
 from orchestrator.checkpoint.verify import verify
 from orchestrator.errors import IntegrityError, RunError
 from orchestrator.pretrained.format import BaseManifest
-from orchestrator.pretrained.source import list_base
 from orchestrator.store import layout
-from tests.unit.checkpoint.saving import RUN, finish, flip, manifest_at, new_group, writer_of
-from tests.unit.checkpoint.states import FakeState, random_values, scalars
-from tests.unit.fakes import MemoryStore
-from workloads.fetch_base import fetch_base
-
-LORA = "base_model.model.lm.q.{}"
-PAIR = LoraPair(a=LORA.format("lora_A.default.weight"), b=LORA.format("lora_B.default.weight"), scale=0.5)
-CONV = "base_model.model.lm.c.{}"
-CONV_PAIR = LoraPair(
-    a=CONV.format("lora_A.default.weight"), b=CONV.format("lora_B.default.weight"), scale=2.0, transposed=True
+from tests.unit.checkpoint.adapters import (
+    CONV_PAIR,
+    FROZEN,
+    HEAD,
+    LORA,
+    PAIR,
+    TENSORS,
+    TRAINED,
+    base_values,
+    make_base,
+    origin,
+    save_adapter,
+    state_of,
 )
-HEAD = "base_model.model.score.{}.weight"
-TRAINED: dict[str, tuple[int, ...]] = {
-    PAIR.a: (2, 300), PAIR.b: (500, 2), CONV_PAIR.a: (3, 7), CONV_PAIR.b: (11, 3),
-    HEAD.format("modules_to_save.default"): (2, 5),
-}  # fmt: skip
-FROZEN: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-    LORA.format("base_layer.weight"): (torch.float32, (500, 300)),
-    CONV.format("base_layer.weight"): (torch.float32, (7, 11)),
-    "base_model.model.lm.norm.weight": (torch.bfloat16, (7,)),
-    HEAD.format("original_module"): (torch.float32, (2, 5)),
-}
-TENSORS = {
-    LORA.format("base_layer.weight"): "lm.q.weight",
-    CONV.format("base_layer.weight"): "lm.c.weight",
-    "base_model.model.lm.norm.weight": "norm.weight",
-}
-
-
-def base_values() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return {
-        "lm.q.weight": torch.randn(500, 300, generator=generator),
-        "lm.c.weight": torch.randn(7, 11, generator=generator).to(torch.bfloat16),
-        "norm.weight": torch.randn(7, generator=generator),
-    }
-
-
-def make_base(store: MemoryStore, directory: Path, values: dict[str, Tensor]) -> BaseManifest:
-    directory.mkdir()
-    safetensors.torch.save_file(values, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return fetch_base(list_base(str(directory), store), store)
+from tests.unit.checkpoint.saving import RUN, flip, manifest_at
+from tests.unit.checkpoint.states import FakeState, random_values
+from tests.unit.fakes import MemoryStore
 
 
 @pytest.fixture
 def base(memory_store: MemoryStore, tmp_path: Path) -> BaseManifest:
     return make_base(memory_store, tmp_path / "base", base_values())
-
-
-def origin(base: BaseManifest) -> Origin:
-    return Origin(
-        base=BaseReference(fingerprint=base.fingerprint, digest=base.digest),
-        tensors=TENSORS,
-        lora={LORA.format("base_layer.weight"): PAIR, CONV.format("base_layer.weight"): CONV_PAIR},
-    )
-
-
-def state_of(rank: int, *, world_size: int = 3) -> FakeState:
-    return FakeState(TRAINED, frozen_shapes=FROZEN, frozen_is_replicated=False, rank=rank, world_size=world_size)
-
-
-def save_adapter(store: MemoryStore, base: BaseManifest) -> None:
-    """A checkpoint by three ranks, who started from the base."""
-    group, writers = new_group(store), []
-    for rank in range(3):
-        state = state_of(rank)
-        load_base(store, origin(base), state, nn.Module())  # type: ignore[arg-type]
-        state.fill(random_values(TRAINED))
-        writers.append(writer_of(store, group, state, rank=rank, world_size=3, origin=origin(base)))
-    for writer in writers:
-        writer.save(scalars(4))
-    assert [finish(writer).error for writer in writers] == [None] * 3
 
 
 def resumed(store: MemoryStore, rank: int, *, world_size: int) -> FakeState:
@@ -170,8 +117,38 @@ def test_damaged_pretrained_weights_are_no_reason_to_try_an_older_checkpoint(
 ) -> None:
     save_adapter(memory_store, base)
     flip(memory_store, base.prefix + "model.safetensors", 300_000)
-    with pytest.raises(BaseUnusable, match="block 4 "):
+    with pytest.raises(BaseUnusable, match="block 4 ") as caught:
         resumed(memory_store, 0, world_size=1)
+    assert f"Delete bases/{base.fingerprint}/" in caught.value.next_step
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_verify_misses_the_bases_files(memory_store: MemoryStore, base: BaseManifest, name: str) -> None:
+    save_adapter(memory_store, base)
+    folder, _ = manifest_at(memory_store, 4)
+    memory_store.tamper(base.prefix + name, memory_store.get(base.prefix + name)[:-1])
+    with pytest.raises(BaseUnusable, match=rf"{name}, which the checkpoint refers to, holds \d+ bytes, not \d+"):
+        verify(memory_store, folder)
+    memory_store.delete([base.prefix + name])
+    with pytest.raises(BaseUnusable, match=rf"{name}, which the checkpoint refers to, is gone"):
+        verify(memory_store, folder)
+
+
+def test_no_other_run_starts_from_an_adapter(memory_store: MemoryStore, base: BaseManifest) -> None:
+    save_adapter(memory_store, base)
+    state = state_of(0, world_size=1)
+    with pytest.raises(RunError, match=f"step 4 of {RUN} holds an adapter") as caught:
+        load_weights(memory_store, RUN, 4, state, nn.Module(), rank=0)  # type: ignore[arg-type]
+    assert f"headway export {RUN}@4" in caught.value.next_step
+
+
+def test_retention_leaves_bases_alone(memory_store: MemoryStore, base: BaseManifest) -> None:
+    save_adapter(memory_store, base)
+    before = {key for key in memory_store.objects if key.startswith("bases/")}
+    save_adapter(memory_store, base, step=8, keep=1)
+    assert committed_steps(memory_store, RUN) == [8]
+    assert {key for key in memory_store.objects if key.startswith("bases/")} == before
+    assert verify(memory_store, manifest_at(memory_store, 8)[0]).num_files == 3
 
 
 def exported(store: MemoryStore, directory: Path, **options: str) -> dict[str, Tensor]:

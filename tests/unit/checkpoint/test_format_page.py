@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.checkpoint.format import KINDS, Manifest, State
+from tests.unit.checkpoint.adapters import TENSORS, base_values, make_base, save_adapter
 from tests.unit.checkpoint.saving import RUN, flip, new_group, save
 from tests.unit.checkpoint.states import random_values
 from tests.unit.fakes import MemoryStore
@@ -76,6 +79,37 @@ def test_a_reader_by_the_page_gets_the_right_values(
     memory_store: MemoryStore, folder: str, name: str, kind: str
 ) -> None:
     assert read_parameter(memory_store, folder, name, kind) == random_values(SHAPES)[name][kind].tolist()
+
+
+def read_base_tensor(store: MemoryStore, folder: str, name: str) -> tuple[str, bytes]:
+    """The stored dtype and bytes of a frozen parameter that the pretrained weights hold, by the page's rules alone."""
+    manifest = read_manifest(store, folder)
+    base = read_manifest(store, f"bases/{manifest['base']['fingerprint']}/")
+    digests = {name: file["sha256"] for part in ("files", "weights") for name, file in base[part].items()}
+    text = json.dumps(digests, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    if hashlib.sha256(text.encode()).hexdigest() != manifest["base"]["digest"]:
+        raise Damaged("digest")
+    tensor = base["tensors"][manifest["frozen"][name]["base"]]
+    assert tensor["shape"] == manifest["frozen"][name]["shape"]
+    file = {"key": tensor["file"], **base["weights"][tensor["file"]]}
+    size = {"F32": 4, "BF16": 2}[tensor["dtype"]] * math.prod(tensor["shape"])
+    return tensor["dtype"], read_range(store, base["prefix"], file, tensor["offset"], size)
+
+
+def test_a_reader_by_the_page_finds_what_a_checkpoint_leaves_to_the_base(
+    memory_store: MemoryStore, tmp_path: Path
+) -> None:
+    base = make_base(memory_store, tmp_path / "base", base_values())
+    save_adapter(memory_store, base)
+    (key,) = (key for key in memory_store.objects if re.match(r"runs/.*/manifest\.json$", key))
+    folder = key.removesuffix("manifest.json")
+    for name, tensor in TENSORS.items():
+        dtype, data = read_base_tensor(memory_store, folder, name)
+        found = torch.frombuffer(bytearray(data), dtype={"F32": torch.float32, "BF16": torch.bfloat16}[dtype])
+        assert torch.equal(found, base_values()[tensor].view(-1)), name
+    flip(memory_store, f"{base.prefix}model.safetensors", 300_000)
+    with pytest.raises(Damaged, match="block 4"):
+        read_base_tensor(memory_store, folder, next(iter(TENSORS)))
 
 
 @pytest.mark.parametrize("what", ["manifest.json", "rank-00001.index", "rank-00001.safetensors"])

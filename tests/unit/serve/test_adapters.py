@@ -76,3 +76,21 @@ def test_without_its_base_it_is_refused(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base, auto_class="AutoModelForCausalLM")
     with pytest.raises(IntegrityError, match="holds an adapter alone, and its version names no pretrained model"):
         load_engine(make_version(files=FILES), tmp_path / "adapter", SETTINGS)
+
+
+def test_what_neither_the_base_nor_the_adapter_holds_is_not_made_up(tmp_path: Path) -> None:
+    base, directory = save_base(tmp_path / "base", model_type="bert"), tmp_path / "adapter"
+    labels = dict(enumerate(CLASSES))
+    auto_class = "AutoModelForSequenceClassification"
+    save_adapter(directory, base, auto_class=auto_class, head=("classifier",), id2label=labels, pad_token_id=0)
+    version = make_version(files=FILES, task="sequence-classification")
+    with pytest.raises(IntegrityError, match=r"neither holds bert\.pooler\.dense\.bias"):
+        load_engine(version, directory, SETTINGS, base=base)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", seed=1)
+    save_adapter(tmp_path / "adapter", base, auto_class="AutoModelForCausalLM")
+    other = save_base(tmp_path / "other", hidden_size=64)
+    with pytest.raises(IntegrityError, match="is no adapter of the model in"):
+        load_engine(make_version(files=FILES), tmp_path / "adapter", SETTINGS, base=other)
