@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+from orchestrator.checkpoint.base import open_base, require_files
 from orchestrator.checkpoint.catalog import Folder, committed, committed_steps, manifests
 from orchestrator.checkpoint.format import Manifest
 from orchestrator.checkpoint.reader import CheckpointReader
@@ -239,6 +240,8 @@ def _checkpoint(store: Store, folder: Folder, found: Manifest | IntegrityError) 
         return {**row, "size_bytes": None, "world_size": None, "verified": f"damaged: {found.message}", "age_s": None}
     try:
         CheckpointReader(store, folder, found).check_indexes()
+        if found.base is not None:
+            require_files(store, open_base(store, found.base))
         verified = "yes"
     except (IntegrityError, NotFound) as e:
         verified = f"damaged: {e.message}"

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from orchestrator.checkpoint.adapter import BaseReference
+from orchestrator.checkpoint.base import open_base
 from orchestrator.checkpoint.catalog import Folder, committed
 from orchestrator.checkpoint.reader import READ_BYTES
 from orchestrator.checkpoint.retention import pinned
@@ -59,12 +61,23 @@ def _checks(store: Store, name: str) -> Iterator[tuple[str, Callable[[], int | N
         for file_name, file in version.files.items():
             key = layout.version(version.model, version.number) + file_name
             yield f"{name}/{file_name}", partial(_read_file, store, key, file)
+        if version.base is not None:
+            yield from _checks_of_base(store, version.base)
         return
     folders = find_checkpoints(store, name)
     num_of_step = Counter(folder.step for folder in folders)
     for folder in folders:
         which = f"/{folder.name}" if num_of_step[folder.step] > 1 else ""
         yield f"{folder.run_id}@{folder.step}{which}", partial(_read_checkpoint, store, folder)
+
+
+def _checks_of_base(store: Store, reference: BaseReference) -> Iterator[tuple[str, Callable[[], int]]]:
+    base = open_base(store, reference).manifest
+    for part in (base.files, base.weights):
+        for file_name, file in part.items():
+            recorded = VersionFile(size_bytes=file.size_bytes, sha256=file.sha256)
+            check = partial(_read_file, store, base.prefix + file_name, recorded)
+            yield f"base {base.fingerprint}/{file_name}", check
 
 
 def _version_of(store: Store, name: str) -> Version | None:
