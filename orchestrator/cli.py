@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import __version__, cli_pod
+from orchestrator import __version__, cli_pod, cli_release
 from orchestrator.cli_options import Directory, Json, RunFile, RunId, StoreUri, TargetName
 from orchestrator.errors import EnvironmentUnusable, HeadwayError, Interrupted, UsageError
 from orchestrator.pinning import pin
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_pod.app, name="pod", hidden=True)
+app.add_typer(cli_release.app)
 
 # What typer raises for a wrong command line. Of this family it exports only one member, and its home has moved.
 _WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -344,36 +345,6 @@ def export(
         max_shard_bytes=max_shard_bytes,
         form=lora,
         store_uri=store,
-        reporter=reporter,
-    )
-    reporter.result(*result)
-
-
-@app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="The model's name.", show_default=False)],
-    channel: Annotated[str, typer.Option(help="The channel to follow.")] = "production",
-    target: TargetName = "local",
-    store: StoreUri = None,
-    replicas: Annotated[int, typer.Option(help="Copies of the model.", min=1)] = 1,
-    route_prefix: Annotated[str, typer.Option(help="Where its API lies on the endpoint.")] = "/",
-    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait until it answers.")] = 300.0,
-    down: Annotated[bool, typer.Option("--down", help="Take the service away; on Kubernetes.")] = False,
-    json: Json = False,
-) -> None:
-    """Serve a model's channel through Ray Serve, and wait until it answers."""
-    from orchestrator.commands.serve import serve as command
-
-    reporter = Reporter(json_mode=json)
-    result = command(
-        model,
-        channel=channel,
-        target=target,
-        store_uri=store,
-        replicas=replicas,
-        route_prefix=route_prefix,
-        timeout_s=timeout_s,
-        down=down,
         reporter=reporter,
     )
     reporter.result(*result)

@@ -270,6 +270,8 @@ class GateSpec(Part):
 class ReleaseSpec(Part):
     model: Name
     channel: Name = "production"
+    canary: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """The share of requests that the new version answers until it has proved itself; null has it answer all at once."""
 
 
 class RunSpec(Part):

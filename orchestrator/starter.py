@@ -91,4 +91,5 @@ gate:                           # what a trained model must show before it is re
 release:                        # leave this part out to train without releasing
   model: my-model               # the name under which versions are numbered
   channel: production           # what the serving side follows
+  canary: null                  # 0.1 gives it a tenth of the requests until it has proved itself; null gives it all
 """

@@ -136,6 +136,8 @@ class TargetSettings(Part):
     env: dict[EnvName, str] = Field(default={})
     secrets: tuple[Label, ...] = ()
     """Secrets whose keys become variables of every training pod."""
+    serve_secrets: tuple[Label, ...] = ()
+    """The same of every serving pod, such as one that holds HEADWAY_API_KEYS."""
     claims: tuple[ClaimMount, ...] = ()
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 5
     """Attempts that may fail in one submission before it needs a person. A lost head counts until there is a newer

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
+
+import yaml
 
 from orchestrator.commands.context import find_kubernetes, find_ray, find_store, is_kubernetes, require_stack
 from orchestrator.commands.serve_kubernetes import serve_kubernetes, stop_serving
 from orchestrator.errors import TargetError, UsageError
 from orchestrator.release import channels
 from orchestrator.render import serve_application
+from orchestrator.render.ray_service import application_name
 from orchestrator.reporter import Reporter, Result
 from orchestrator.store import Store
-from orchestrator.targets.serve_api import ServeApi
+from orchestrator.targets.serve_api import ABSENT, ServeApi
 
 _SERVE_PORT = 8000  # Ray Serve's own default, on clusters that are not ours
+_OWN_OPTIONS = {
+    "model": "the model's name",
+    "channel": "--channel",
+    "store": "--store",
+    "num_replicas": "--replicas",
+    "headway": "Headway itself",
+}
 
 
 def serve(
@@ -24,15 +36,13 @@ def serve(
     store_uri: str | None,
     replicas: int,
     route_prefix: str,
+    settings: Sequence[str],
     timeout_s: float,
     down: bool,
     reporter: Reporter,
 ) -> Result:
-    if down and not is_kubernetes(target):
-        raise UsageError(
-            f"--down takes a service of Kubernetes away; --target is {target}.",
-            next_step="On this machine headway down ends everything; elsewhere use Ray's own: serve shutdown",
-        )
+    """Serve a channel, or take its application away. ``settings`` are NAME=VALUE of more of its arguments."""
+    arguments = parse_settings(settings)
     if is_kubernetes(target):
         found = find_kubernetes(target, store_uri)
         if down:
@@ -45,10 +55,14 @@ def serve(
             channel=channel,
             replicas=replicas,
             route_prefix=route_prefix,
+            arguments=arguments,
             timeout_s=timeout_s,
             reporter=reporter,
         )
-    cluster, store = find_ray(target), find_store(store_uri)
+    cluster = find_ray(target)
+    if down:
+        return _take_away(ServeApi(cluster.url), model, channel)
+    store = find_store(store_uri)
     if target == "local":
         bind, host, port = "127.0.0.1", "127.0.0.1", require_stack().ray_ports.serve
     else:
@@ -65,8 +79,38 @@ def serve(
         port=port,
         timeout_s=timeout_s,
         reporter=reporter,
+        arguments=arguments,
     )
     return {"model": model, "channel": channel, "endpoint": endpoint}, f"{model} answers at {endpoint}/v1"
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` with YAML's values, as the application's arguments.
+
+    Raises:
+        UsageError: not of this form, or one that has an option of its own.
+    """
+    found: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--set {text!r} is not NAME=VALUE.", next_step="Such as: --set max_batch=16")
+        if name in _OWN_OPTIONS:
+            raise UsageError(f"--set {name} is not taken: {_OWN_OPTIONS[name]} says it.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise UsageError(f"--set {name}: {value!r} is not a value that YAML can read.") from e
+    return found
+
+
+def _take_away(api: ServeApi, model: str, channel: str) -> Result:
+    """Remove the channel's application; its versions and entries stay in the store."""
+    name = application_name(model, channel)
+    there = api.status(name).state != ABSENT
+    api.remove(name)
+    text = f"{model} is no longer served." if there else f"There is no application {name}."
+    return {"model": model, "channel": channel, "application": name, "deleted": there}, text
 
 
 def deploy(
@@ -82,6 +126,7 @@ def deploy(
     port: int,
     timeout_s: float,
     reporter: Reporter,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """Deploy the application of one model beside what is served already. Returns its endpoint.
 
@@ -95,7 +140,12 @@ def deploy(
             next_step="See what there is: headway list models",
         )
     application = serve_application(
-        model=model, channel=channel, store_uri=store.uri, replicas=replicas, route_prefix=route_prefix
+        model=model,
+        channel=channel,
+        store_uri=store.uri,
+        replicas=replicas,
+        route_prefix=route_prefix,
+        **(arguments or {}),
     )
     endpoint = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     reporter.say(f"Serving {model}@{entry.version} at {endpoint} …")

@@ -5,6 +5,9 @@ Promoting and rolling back append to the channel and touch nothing here: replica
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from orchestrator import __version__
 from orchestrator.errors import UsageError
 from orchestrator.release import channels
@@ -24,6 +27,7 @@ def serve_kubernetes(
     channel: str,
     replicas: int,
     route_prefix: str,
+    arguments: Mapping[str, Any],
     timeout_s: float,
     reporter: Reporter,
 ) -> Result:
@@ -47,6 +51,7 @@ def serve_kubernetes(
         version=__version__,
         settings=settings,
         route_prefix=route_prefix,
+        arguments=arguments,
     )
     changed = apply_service(client, request)
     reporter.say(f"RayService {request.name} {'is on its way' if changed else 'is there already'} …")

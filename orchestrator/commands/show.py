@@ -12,13 +12,14 @@ from orchestrator.checkpoint.catalog import Folder, committed, committed_steps, 
 from orchestrator.checkpoint.format import Manifest
 from orchestrator.checkpoint.reader import CheckpointReader
 from orchestrator.commands.context import find_store, find_target
+from orchestrator.commands.show_model import has_versions, model_facts, model_lines, version_facts
 from orchestrator.commands.submit import in_flight
 from orchestrator.dataset.format import read_manifest as read_dataset
 from orchestrator.errors import HeadwayError, IntegrityError, NotFound, UsageError
 from orchestrator.record import EventReader
 from orchestrator.release import channels
 from orchestrator.release.outcome import read_outcome
-from orchestrator.release.versions import list_versions, read_version
+from orchestrator.release.versions import list_versions
 from orchestrator.reporter import Result
 from orchestrator.store import Store, layout
 from orchestrator.store.attempts import attempt_end, newest_attempt, read_attempt
@@ -49,14 +50,11 @@ def show(name: str, *, store_uri: str | None) -> Result:
     if number:
         if not (number.isascii() and number.isdigit()):
             raise UsageError(f"{name!r} is not MODEL@NUMBER.", next_step=f"See: headway show {model}")
-        try:
-            facts = read_version(store, model, int(number)).model_dump(mode="json")
-        except NotFound as e:
-            raise UsageError(f"There is no version {name}.", next_step=f"See: headway show {model}") from e
+        facts = version_facts(store, model, int(number))
         return facts, _lines(facts)
-    if any(True for _ in store.list(layout.versions(model))):
-        facts = _model(store, model)
-        return facts, _lines(facts)
+    if has_versions(store, model):
+        facts = model_facts(store, model)
+        return facts, _lines(model_lines(facts))
     return status(name, target="", store_uri=store_uri)
 
 
@@ -252,24 +250,6 @@ def _checkpoint(store: Store, folder: Folder, found: Manifest | IntegrityError) 
         "verified": verified,
         "age_s": round(time.time() - found.created_s),
     }
-
-
-def _model(store: Store, model: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "model": model,
-        "versions": [
-            {"version": v.name, "run": v.run_id, "eval_loss": v.evaluation.get("loss")}
-            for v in list_versions(store, model)
-        ],
-        "channels": {},
-    }
-    for name in store.list_folders(f"models/{model}/channels/"):
-        current = channels.read_status(store, model, name)
-        facts["channels"][name] = {
-            "history": [entry.model_dump(mode="json") for entry in channels.history(store, model, name)],
-            "status": current.model_dump(mode="json") if current else None,
-        }
-    return facts
 
 
 def _table(rows: Rows) -> str:

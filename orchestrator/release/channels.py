@@ -2,7 +2,7 @@
 
 An entry is ``models/<model>/channels/<channel>/00007.json``. The highest number is what is wanted; a
 rollback is one more entry. ``models/<model>/channels/<channel>.status.json`` is what is so, and has one
-writer: the server.
+writer: the server's decider.
 """
 
 from __future__ import annotations
@@ -52,16 +52,58 @@ class ChannelEntry(_Frozen):
     nonce: str
 
 
+class Answered(_Frozen):
+    """What a version answered while a canary is watched."""
+
+    requests: Annotated[int, Field(ge=0)] = 0
+    """Those that ended, failed ones included."""
+    errors: Annotated[int, Field(ge=0)] = 0
+    """Those that the version failed."""
+    p50_s: float | None = None
+    """Seconds a token, the wait for the first included; of a version that classifies, seconds a request."""
+    p95_s: float | None = None
+
+
+class CanaryStatus(_Frozen):
+    """The canary that is watched, or the one that was last, and what came of it."""
+
+    entry: Number
+    """The channel's entry that names it."""
+    version: Number
+    weight: float
+    since_s: float
+    phase: Literal["watched", "passed", "rejected"] = "watched"
+    verdict: str = ""
+    """Why it is still watched, has passed, or was rejected."""
+    stable: Answered = Answered()
+    """Of the stable version, in the same time."""
+    canary: Answered = Answered()
+
+
+class ReplicaStatus(_Frozen):
+    """One replica, by its own last report."""
+
+    id: str
+    serving: Number | None = None
+    canary: Number | None = None
+    loading: Number | None = None
+    problem: str | None = None
+
+
 class ChannelStatus(_Frozen):
     """What the server made of the channel."""
 
     format: Literal["headway/channel-status/1"] = STATUS_FORMAT
     serving: Number | None = None
-    """The version that answers."""
+    """The version that answers. While the replicas differ, the one before; a canary is not meant."""
     tried: Number | None = None
     """The version that was loaded last, or whose load failed last."""
     rejected: dict[Number, str] = {}
     """Versions that do not serve though an entry may name them, and why. They are not tried again."""
+    promoted: dict[Number, Number] = {}
+    """By entry, its canary that has passed and serves in the place of the entry's own version."""
+    canary: CanaryStatus | None = None
+    replicas: tuple[ReplicaStatus, ...] = ()
     problem: str | None = None
     """What keeps the wanted version from serving for now, and will be tried again."""
     updated_s: float = 0.0
@@ -154,7 +196,7 @@ def read_status(store: Store, model: str, channel: str) -> ChannelStatus | None:
 
 
 def write_status(store: Store, model: str, channel: str, status: ChannelStatus) -> None:
-    """Only the server calls this."""
+    """Only the server's decider calls this."""
     store.put_status(layout.channel_status(model, channel), status.model_dump(mode="json"))
 
 

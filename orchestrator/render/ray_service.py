@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -51,16 +52,21 @@ def service_name(model: str, channel: str) -> str:
     return f"{letter}{plain}"[: _MAX_NAME - 9].rstrip("-") + f"-{digest}"
 
 
+def application_name(model: str, channel: str) -> str:
+    """Serve's name of a channel's application. A dot is in no name of a model, so no two share one."""
+    return f"headway-{model}" if channel == "production" else f"headway-{model}.{channel}"
+
+
 def serve_application(
     *, model: str, channel: str, store_uri: str, replicas: int, route_prefix: str, **settings: Any
 ) -> Manifest:
     """One model as an application of Ray Serve.
 
     Args:
-        settings: more of the application's arguments (``workloads.serve.app.ServeSettings``).
+        settings: more of the application's arguments (``workloads.serve.settings.ServeSettings``).
     """
     return {
-        "name": f"headway-{model}",
+        "name": application_name(model, channel),
         "route_prefix": route_prefix,
         "import_path": _IMPORT_PATH,
         "args": {"model": model, "channel": channel, "store": store_uri, "num_replicas": replicas, **settings},
@@ -76,11 +82,13 @@ def ray_service(
     version: str,
     settings: TargetSettings,
     route_prefix: str = "/",
+    arguments: Mapping[str, Any] | None = None,
 ) -> RayServiceRequest:
     """The RayService that serves a channel, a pod for each replica.
 
     Args:
         version: Headway's own.
+        arguments: more of the application's.
 
     Raises:
         SpecError: ``serve_pool`` has too few pods.
@@ -99,11 +107,14 @@ def ray_service(
         replicas=replicas,
         route_prefix=route_prefix,
         headway=version,
-        # All of its pod, so that Ray never puts two replicas into one.
-        num_cpus=1,
-        num_gpus=pool.gpus_per_pod,
-        # Torch would count the node's cores, not the pod's.
-        num_threads=_whole_cpus(settings),
+        **{
+            # Torch would count the node's cores, not the pod's.
+            "num_threads": _whole_cpus(settings),
+            **(arguments or {}),
+            # All of its pod, so that Ray never puts two replicas into one.
+            "num_cpus": 1,
+            "num_gpus": pool.gpus_per_pod,
+        },
     )
     serve_config = {
         "proxy_location": "EveryNode",
@@ -175,6 +186,7 @@ def _pod(name: str, store_uri: str, settings: TargetSettings, *, pool: Pool | No
         pool=pool,
         priority=settings.serving_priority,
         s3_secret=settings.s3.server_secret,
+        secrets=settings.serve_secrets,
         env={**cache, **(pool.env if pool else {}), **ours},
         grace_s=_GRACE_S,
         **fields,

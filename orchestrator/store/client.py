@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
@@ -181,6 +182,31 @@ def new_client(patience: Patience, settings: Mapping[str, str] | None = None) ->
         return Connection(session.client("s3", config=config, **chosen), patience)
     except botocore.exceptions.BotoCoreError as e:
         raise StoreError(f"No S3 client can be made: {e}.", next_step="Check the AWS_… variables and profile.") from e
+
+
+def caller_arn() -> str | None:
+    """The identity that AWS knows these credentials by; None where S3 is another server's, which may know no STS.
+
+    Raises:
+        StoreError: STS does not answer, or refuses.
+    """
+    config = Config(connect_timeout=3.0, read_timeout=5.0, retries={"mode": "standard", "total_max_attempts": 2})
+    try:
+        session = boto3.session.Session()
+        s3, sts = (
+            session.client(name, region_name=session.region_name or "us-east-1", config=config)
+            for name in ("s3", "sts")
+        )
+        if not _is_amazon(s3.meta.endpoint_url) and _is_amazon(sts.meta.endpoint_url):
+            return None
+        return str(sts.get_caller_identity()["Arn"])
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as e:
+        raise StoreError(f"STS does not say whose credentials these are: {e}.") from e
+
+
+def _is_amazon(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
 def transfer_config(max_concurrency: int = UPLOAD_CONCURRENCY) -> TransferConfig:

@@ -25,7 +25,7 @@ from orchestrator.targets.seaweedfs import Keys, S3Ports
 from tests.command_line import Said, environment, finish, headway, start
 
 COMMANDS = ["demo", "up", "down", "doctor", "init", "schema", "plan", "run", "submit", "status", "logs", "stop"]
-COMMANDS += ["list", "show", "serve", "verify", "export", "dashboard"]
+COMMANDS += ["list", "show", "serve", "promote", "rollback", "verify", "export", "dashboard"]
 HEAVY = ("ray", "torch", "deepspeed", "transformers")
 HELP_LIMIT_S, PLAN_LIMIT_S = 0.3, 0.6
 NUM_TIMED, NUM_SERIES = 5, 3

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.render.ray_service import ray_service, serve_application, service_name
+from orchestrator.render.ray_service import application_name, ray_service, serve_application, service_name
 from orchestrator.target_settings import TargetSettings
 
 SETTINGS = {
@@ -185,3 +185,25 @@ def test_no_two_channels_share_a_name():
 def test_an_application_has_only_the_arguments_that_are_given():
     found = serve_application(model="m", channel="c", store_uri="s3://b/p", replicas=3, route_prefix="/")
     assert found["args"] == {"model": "m", "channel": "c", "store": "s3://b/p", "num_replicas": 3}
+
+
+def test_an_application_is_named_by_model_and_channel():
+    assert application_name("lm", "production") == "headway-lm"
+    assert application_name("lm", "staging") == "headway-lm.staging"
+    assert application_name("lm-staging", "production") == "headway-lm-staging"
+
+
+def test_serving_pods_get_the_secrets_that_are_theirs():
+    request = rendered(settings={"serve_secrets": ["api-keys"]})
+    for group in (cluster(request)["headGroupSpec"], cluster(request)["workerGroupSpecs"][0]):
+        (container,) = group["template"]["spec"]["containers"]
+        names = [source["secretRef"]["name"] for source in container["envFrom"]]
+        assert "api-keys" in names
+        assert "hub" not in names
+
+
+def test_more_arguments_cannot_take_what_pods_decide():
+    request = rendered(arguments={"max_batch": 8, "num_threads": 2, "num_cpus": 4})
+    (application,) = json.loads(request.manifest["spec"]["serveConfigV2"])["applications"]
+    arguments = application["args"]
+    assert (arguments["max_batch"], arguments["num_threads"], arguments["num_cpus"]) == (8, 2, 1)
