@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.checkpoint.adapter import BaseReference
 from orchestrator.dataset.format import DatasetManifest, read_manifest
 from orchestrator.dataset.reader import TokenReader, cache_directory, require_samples
 from orchestrator.errors import RunError
 from orchestrator.pretrained.format import read_base
-from orchestrator.release.versions import download_files
+from orchestrator.release.versions import Version, VersionFile, download_files
 from orchestrator.spec import RunSpec
-from orchestrator.store import Store, open_store
+from orchestrator.store import Store, layout, open_store
 from workloads.adapter import download_base
 from workloads.export import Export
 from workloads.pretrained_model import is_whole
@@ -26,6 +29,28 @@ from workloads.tasks import Samples, Task, task_of
 from workloads.tasks.base_context import BaseContext, base_context
 
 _SEED = 0x0E7A1  # of masks and noise in evaluation; the same for every model that is compared
+
+
+MAX_BLOCKS = 4096
+
+
+class ModelFiles(BaseModel):
+    """A Hugging Face directory in the store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefix: str
+    files: dict[str, VersionFile]
+    base: BaseReference | None = None
+    """The pretrained weights without which the files are no model."""
+
+    @classmethod
+    def of_export(cls, exported: Export) -> ModelFiles:
+        return cls(prefix=exported.prefix, files=exported.files, base=exported.base)
+
+    @classmethod
+    def of_version(cls, version: Version) -> ModelFiles:
+        return cls(prefix=layout.version(version.model, version.number), files=version.files, base=version.base)
 
 
 class EvaluationJob(BaseModel):
@@ -39,52 +64,96 @@ class EvaluationJob(BaseModel):
     """Name and fingerprint."""
     base: str
     """Fingerprint of the pretrained model that the run started from, empty where it started from none."""
-    exported: Export | None
+    model: ModelFiles | None
     """None evaluates that pretrained model itself."""
+
+
+class Blocks(BaseModel):
+    """Losses of samples that lie side by side, one entry a block: what two models are compared by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    losses: tuple[float, ...] = ()
+    """Nats, summed over the block's targets."""
+    num_targets: tuple[int, ...] = ()
+
+
+class Evaluation(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["headway/evaluation/1"] = "headway/evaluation/1"
+    figures: dict[str, float]
+    """The task's, such as ``loss`` in nats per target; beside it the losses, on the same samples, of a unigram model
+    and of the pretrained model before training, where that can do the task."""
+    blocks: Blocks
+
+
+class Summed(NamedTuple):
+    """One micro-batch of the held-out split: its first sample, the task's sums, and its targets."""
+
+    first: int
+    sums: dict[str, float]
+    num_targets: int
 
 
 def evaluate(
     spec: RunSpec, store: Store, dataset: DatasetManifest, exported: Export, base: BaseContext | None = None
-) -> dict[str, float]:
-    """The task's figures for the exported model; beside them the losses, on the same samples, of a unigram model and of
-    the pretrained model before training, where that can do the task.
+) -> Evaluation:
+    """The exported model on the held-out split.
 
     Args:
         base: the pretrained model that the run started from, where it did.
     """
+    found = evaluate_files(spec, store, dataset, ModelFiles.of_export(exported), base)
+    figures = {**found.figures, "unigram_loss": dataset.unigram_loss}
+    if base is not None and is_whole(task_of(spec, dataset, base)):
+        figures["pretrained_loss"] = evaluate_files(spec, store, dataset, None, base).figures["loss"]
+    return found.model_copy(update={"figures": figures})
+
+
+def evaluate_files(
+    spec: RunSpec, store: Store, dataset: DatasetManifest, model: ModelFiles | None, base: BaseContext | None
+) -> Evaluation:
+    """Any model of the run's task on the run's held-out split; None is the pretrained model itself."""
+    import ray
+
     job = EvaluationJob(
         spec=spec,
         store=store.uri,
         dataset=(dataset.name, dataset.fingerprint),
         base=base.manifest.fingerprint if base is not None else "",
-        exported=exported,
+        model=model,
     )
-    task = task_of(spec, dataset, base)
-    figures = _figures(job, task, dataset)
-    figures["unigram_loss"] = dataset.unigram_loss
-    if base is not None and is_whole(task):
-        figures["pretrained_loss"] = _figures(job.model_copy(update={"exported": None}), task, dataset)["loss"]
-    return figures
-
-
-def _figures(job: EvaluationJob, task: Task, dataset: DatasetManifest) -> dict[str, float]:
-    import ray
-
-    resources = job.spec.resources
+    resources = spec.resources
     num_shares = resources.workers.min
     remote = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=1 if resources.gpu else 0, max_calls=1)(_share)
     shares = ray.get([remote.remote(job.model_dump_json(), share, num_shares) for share in range(num_shares)])
-    num_targets = sum(count for _, count in shares)
+    found = sorted(summed for share in shares for summed in share)
+    num_targets = sum(each.num_targets for each in found)
     if num_targets == 0:
         raise RunError("The held-out split gave no targets to evaluate.")
     sums: Counter[str] = Counter()
-    for part, _ in shares:
-        sums.update(part)
-    return {**task.metrics(sums, num_targets=num_targets, split=dataset.eval), "num_targets": num_targets}
+    for each in found:
+        sums.update(each.sums)
+    figures = task_of(spec, dataset, base).metrics(sums, num_targets=num_targets, split=dataset.eval)
+    return Evaluation(figures={**figures, "num_targets": num_targets}, blocks=blocks_of(found))
 
 
-def _share(job_json: str, share: int, num_shares: int) -> tuple[dict[str, float], int]:
-    """:func:`add_up` of every ``num_shares``-th micro-batch, as a Ray task."""
+def blocks_of(found: Sequence[Summed]) -> Blocks:
+    """Neighbouring micro-batches, in the order of their samples, as at most :data:`MAX_BLOCKS` blocks. Pure."""
+    found = [each for each in found if each.num_targets]
+    if any("loss" not in each.sums for each in found):  # a task of one's own that sums something else
+        return Blocks()
+    size = math.ceil(len(found) / MAX_BLOCKS) or 1
+    parts = [found[start : start + size] for start in range(0, len(found), size)]
+    return Blocks(
+        losses=tuple(sum(each.sums["loss"] for each in part) for part in parts),
+        num_targets=tuple(sum(each.num_targets for each in part) for part in parts),
+    )
+
+
+def _share(job_json: str, share: int, num_shares: int) -> list[Summed]:
+    """Every ``num_shares``-th micro-batch, as a Ray task."""
     job = EvaluationJob.model_validate_json(job_json)
     spec, store = job.spec, open_store(job.store)
     dataset = read_manifest(store, *job.dataset)
@@ -93,21 +162,21 @@ def _share(job_json: str, share: int, num_shares: int) -> tuple[dict[str, float]
         torch.set_num_threads(spec.resources.cpus_per_worker)
     task = task_of(spec, dataset, base_context(spec, store, job.base))
     model = _load(job, store, task).to(device).eval()
-    return add_up(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device)
+    return list(summed(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device))
 
 
 def _load(job: EvaluationJob, store: Store, task: Task) -> torch.nn.Module:
-    exported = job.exported
-    if exported is None:
+    found = job.model
+    if found is None:
         return task.load_model(download_base(store, read_base(store, job.base).reference, cache_directory()))
-    whole = download_base(store, exported.base, cache_directory()) if exported.base is not None else None
+    whole = download_base(store, found.base, cache_directory()) if found.base is not None else None
     with tempfile.TemporaryDirectory(prefix="headway-evaluate-") as folder:
         directory = Path(folder) / "model"
-        download_files(store, exported.prefix, exported.files, directory)
+        download_files(store, found.prefix, found.files, directory)
         return task.load_model(directory, whole)
 
 
-def add_up(
+def summed(
     spec: RunSpec,
     task: Task,
     model: Any,
@@ -117,14 +186,12 @@ def add_up(
     share: int,
     num_shares: int,
     device: torch.device,
-) -> tuple[dict[str, float], int]:
-    """The task's sums and the number of targets over one share of the held-out split."""
+) -> Iterator[Summed]:
+    """One share of the held-out split, micro-batch by micro-batch."""
     reader = TokenReader(store, dataset, dataset.eval, sequence_length=spec.data.sequence_length)
     require_samples(reader, at_least=1, what="held-out")
     num_samples = min(reader.num_samples, spec.gate.max_eval_samples or reader.num_samples)
     rows = spec.train.micro_batch_size
-    sums: Counter[str] = Counter()
-    num_targets = 0
     with torch.inference_mode():
         for start in range(share * rows, num_samples, rows * num_shares):
             indices = np.arange(start, min(start + rows, num_samples), dtype=np.int64)
@@ -135,9 +202,7 @@ def add_up(
             )
             batch = task.collate(samples)
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            sums.update(task.eval_sums(model, on_device))  # type: ignore[arg-type]  # a Counter adds floats as well
-            num_targets += task.num_targets(batch)
-    return dict(sums), num_targets
+            yield Summed(start, task.eval_sums(model, on_device), task.num_targets(batch))
 
 
 def row_rng(first: int, row: int) -> np.random.Generator:

@@ -7,7 +7,6 @@ a second submission of the same run goes on where the last one stopped, and repe
 from __future__ import annotations
 
 import logging
-import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -33,9 +32,10 @@ from orchestrator.plan import num_steps
 from orchestrator.pretrained.source import BaseSource
 from orchestrator.record import EventLog
 from orchestrator.release import channels
-from orchestrator.release.gate import GateDecision, Serving, decide
+from orchestrator.release.gate import GateDecision, Serving
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.release.versions import CheckpointSource, DatasetSource, Version, publish, read_version
+from orchestrator.release.way_back import Verdicts, in_force
 from orchestrator.runs import RunIdentity, identify
 from orchestrator.spec import ReleaseSpec, RunSpec
 from orchestrator.store import Attempt, Store, claim_attempt, layout
@@ -49,12 +49,12 @@ from orchestrator.store.attempts import (
 )
 from orchestrator.store.probe import require_conditional_writes
 from workloads.cluster import fit, own_errors
-from workloads.evaluate import evaluate
 from workloads.export import Export, export, read_export
 from workloads.export_file import as_ray_tasks
 from workloads.fetch_base import as_ray_tasks as copy_as_ray_tasks
 from workloads.fetch_base import fetch_base
 from workloads.in_run_evaluation import last_step
+from workloads.judge import Judge
 from workloads.prepare import prepare
 from workloads.pretrained_model import check as check_pretrained
 from workloads.signals import stop_on_signal
@@ -148,9 +148,12 @@ class Pipeline:
         exported = self._train_and_export(dataset, steps)
         if isinstance(exported, Outcome):
             return exported
+        judge = self._judge(dataset)
         with self._stage("evaluate"):
-            evaluation = self._evaluate(dataset, exported)
-        decision, serving = self._gate(dataset, evaluation)
+            found = judge.evaluation(exported)
+        with self._stage("gate"):
+            decision, serving = judge.decide(found)
+        evaluation = found.figures
         facts = self._facts(dataset, exported, evaluation, decision, serving)
         if not decision.passed:
             return self._outcome("refused", "; ".join(decision.reasons), facts)
@@ -183,6 +186,17 @@ class Pipeline:
 
     def _task(self, dataset: DatasetManifest) -> Task:
         return task_of(self.spec, dataset, self.base)
+
+    def _judge(self, dataset: DatasetManifest) -> Judge:
+        return Judge(
+            spec=self.spec,
+            store=self.store,
+            run_id=self.identity.run_id,
+            dataset=dataset,
+            base=self.base,
+            note=self.events.append,
+            say=self.say,
+        )
 
     def _train_and_export(self, dataset: DatasetManifest, steps: int, *, again: bool = False) -> Export | Outcome:
         """The exported model, or the outcome of a run that training failed for good.
@@ -237,32 +251,6 @@ class Pipeline:
             self.spec, self.store, self.attempt, self._task(dataset), dataset, step=step, write_all=as_ray_tasks
         )
 
-    def _evaluate(self, dataset: DatasetManifest, exported: Export) -> dict[str, float]:
-        key = layout.evaluation(self.identity.run_id)
-        try:
-            standing: dict[str, float] = self.store.get_json(key)
-            return standing
-        except NotFound:
-            pass
-        found = evaluate(self.spec, self.store, dataset, exported, self.base)
-        broken = {name: value for name, value in found.items() if not math.isfinite(value)}
-        if broken:
-            raise RunError(f"The exported model's evaluation is not finite: {broken}.")
-        self.events.append("evaluation", **found)
-        try:
-            self.store.create_json(key, found)
-        except AlreadyExists:
-            return dict(self.store.get_json(key))
-        return found
-
-    def _gate(self, dataset: DatasetManifest, evaluation: dict[str, float]) -> tuple[GateDecision, Serving | None]:
-        serving = None
-        if self.spec.release and self.spec.gate.must_beat_serving:
-            serving = _serving(self.store, self.spec.release, dataset, but_for=self.identity.run_id)
-        decision = decide(self.spec.gate, evaluation=evaluation, serving=serving)
-        self.events.append("gate", passed=decision.passed, reasons=list(decision.reasons))
-        return decision, serving
-
     def _release(
         self, dataset: DatasetManifest, exported: Export, evaluation: dict[str, float], decision: GateDecision
     ) -> str:
@@ -303,13 +291,15 @@ class Pipeline:
             entries = channels.history(self.store, release.model, release.channel)
             if any(entry.run_id == self.identity.run_id for entry in entries):
                 return
+            stable, canary = self._wanted(release, version, entries)
             ensure_newest(self.store, self.attempt)
             try:
                 channels.append(
                     self.store,
                     release.model,
                     release.channel,
-                    version=version,
+                    version=stable,
+                    canary=canary,
                     by=f"run {self.identity.run_id}",
                     reason="passed the gate",
                     run_id=self.identity.run_id,
@@ -318,6 +308,16 @@ class Pipeline:
                 return
             except AlreadyExists:
                 continue
+
+    def _wanted(
+        self, release: ReleaseSpec, version: int, entries: list[channels.ChannelEntry]
+    ) -> tuple[int, channels.Canary | None]:
+        """What the channel is to serve: the version at once, or beside what is in force."""
+        status = channels.read_status(self.store, release.model, release.channel)
+        stable = in_force(entries, Verdicts.of(status)).version
+        if release.canary is None or stable is None or stable == version:
+            return version, None
+        return stable, channels.Canary(version=version, weight=release.canary)
 
     # -- what is known
 
@@ -378,20 +378,6 @@ class Pipeline:
 def _interrupted(what: str, reason: str) -> Interrupted:
     kind = Displaced if reason == POD_ENDS else Interrupted
     return kind(f"{what}: {reason}.", next_step="Submit the same run file to go on from there.")
-
-
-def _serving(store: Store, release: ReleaseSpec, dataset: DatasetManifest, *, but_for: str) -> Serving | None:
-    """The version to beat: that of the channel's newest entry which is not of the run ``but_for`` itself."""
-    history = channels.history(store, release.model, release.channel)
-    others = [entry for entry in history if entry.run_id != but_for]
-    if not others:
-        return None
-    version = read_version(store, release.model, others[-1].version)
-    return Serving(
-        version=version.number,
-        evaluation=version.evaluation,
-        same_split=version.dataset.fingerprint == dataset.fingerprint,
-    )
 
 
 def _record_spec(store: Store, spec: RunSpec, identity: RunIdentity) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from orchestrator.release.bootstrap import CONFIDENCE, Interval
 from orchestrator.spec import GateSpec
 
 LOSS = "loss"
@@ -22,6 +23,19 @@ class Serving:
     same_split: bool
     """Whether it was evaluated on the same held-out tokens: the same dataset fingerprint. Losses per token of
     different tokenizers do not compare; bits per byte do."""
+    comparison: Comparison | None = None
+    """Both evaluated on the same samples; None where that version cannot be, and what is on record has to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The two versions' losses on the same held-out samples, in nats per target."""
+
+    mine: float
+    theirs: float
+    num_blocks: int
+    interval: Interval | None
+    """Of the difference; None where there are too few samples to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +83,8 @@ def _beyond(name: str, evaluation: Mapping[str, Any], limit: float, setting: str
 
 
 def _not_better(evaluation: Mapping[str, Any], serving: Serving) -> list[str]:
+    if serving.comparison is not None:
+        return _not_surely_better(serving.version, serving.comparison)
     name = LOSS if serving.same_split else BITS_PER_BYTE
     mine, theirs = _number(evaluation, name), _number(serving.evaluation, name)
     if mine is None:
@@ -80,6 +96,20 @@ def _not_better(evaluation: Mapping[str, Any], serving: Serving) -> list[str]:
     return [
         f"eval {name} {mine:.6g} does not beat serving version {serving.version}'s {theirs:.6g}; "
         f"it is {mine - theirs:.4g} higher"
+    ]
+
+
+def _not_surely_better(version: int, found: Comparison) -> list[str]:
+    """A lower loss must be lower by more than other samples of the same kind would make it."""
+    difference = found.mine - found.theirs
+    losses = f"eval loss {found.mine:.6g} does not beat serving version {version}'s {found.theirs:.6g}"
+    if difference >= 0:
+        return [f"{losses} on the same samples; it is {difference:.4g} higher"]
+    if found.interval is None or found.interval.high < 0:
+        return []
+    return [
+        f"{losses} by more than chance: it is {-difference:.4g} lower, and with {CONFIDENCE:.0%} confidence the "
+        f"difference lies between {found.interval.low:.4g} and {found.interval.high:+.4g} ({found.num_blocks} blocks)"
     ]
 
 

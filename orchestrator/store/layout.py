@@ -106,6 +106,10 @@ def evaluation(run_id: str) -> str:
     return f"runs/{run_id}/evaluation.json"
 
 
+def comparison(run_id: str, value: int) -> str:
+    return f"runs/{run_id}/against-{number(value)}.json"
+
+
 # models/<name>/…
 def versions(model: str) -> str:
     return f"models/{model}/versions/"

@@ -16,7 +16,7 @@ from orchestrator.spec import EvaluateSpec, OptimizerSpec, RunSpec
 from orchestrator.store import Store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.training import Groups, Trained, make_dataset, make_job, make_spec, run_training
-from workloads.evaluate import add_up
+from workloads.evaluate import summed
 from workloads.export import export
 from workloads.export_file import one_by_one
 from workloads.in_run_evaluation import Looks, last_step
@@ -100,9 +100,10 @@ def test_a_look_sees_what_the_evaluation_of_the_exported_model_sees(
     download_files(store, exported.prefix, exported.files, tmp_path / "model")
     model = task.load_model(tmp_path / "model").eval()
     device = torch.device("cpu")
-    sums, targets = add_up(spec, task, model, dataset, store, share=0, num_shares=1, device=device)
+    batches = list(summed(spec, task, model, dataset, store, share=0, num_shares=1, device=device))
+    targets = sum(batch.num_targets for batch in batches)
     assert targets == NUM_LOOKED_AT * spec.data.sequence_length
-    assert looks_of(store, "seen")[3] == pytest.approx(sums["loss"] / targets, abs=2e-6)
+    assert looks_of(store, "seen")[3] == pytest.approx(sum(batch.sums["loss"] for batch in batches) / targets, abs=2e-6)
 
 
 def test_looks_are_alike_at_any_size_and_stage(groups: Groups, store: Store) -> None:

@@ -32,7 +32,7 @@ from tests.tiny_model import make_version
 from tests.unit.fakes import MemoryStore
 from workloads.cluster import own_errors
 from workloads.export import Export
-from workloads.pipeline import Pipeline, _serving
+from workloads.pipeline import Pipeline
 from workloads.signals import _ask_to_stop
 
 RELEASE = ReleaseSpec(model="lm")
@@ -47,15 +47,6 @@ def released(store: MemoryStore, run_id: str) -> int:
     publish(store, make_version(model="lm", number=number, files=files))
     channels.append(store, "lm", "production", version=number, by="test", reason="", run_id=run_id)
     return number
-
-
-def test_a_retry_after_the_release_does_not_compete_with_itself(memory_store: MemoryStore) -> None:
-    assert _serving(memory_store, RELEASE, DATASET, but_for="mine") is None
-    first = released(memory_store, "other")
-    released(memory_store, "mine")
-    found = _serving(memory_store, RELEASE, DATASET, but_for="mine")
-    assert found is not None
-    assert (found.version, found.same_split) == (first, True)
 
 
 def test_an_entry_follows_what_was_seen_or_is_not_made(memory_store: MemoryStore) -> None:

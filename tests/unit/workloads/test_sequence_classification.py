@@ -21,7 +21,7 @@ from tests.tiny_model import make_tokenizer
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads.bases import TINY, dataset_manifest, fetched, run_spec, save_base
 from tests.unit.workloads.preparing import FINGERPRINT, json_lines, prepare_here, put
-from workloads.evaluate import add_up
+from workloads.evaluate import summed
 from workloads.serve.admission import EngineSettings
 from workloads.serve.classifier import TransformersClassifier
 from workloads.tasks import Samples, TaskContext, check_task, task_of
@@ -183,12 +183,13 @@ def test_from_texts_to_figures(
     task.save_assets(exported, tokenizer=tmp_path / "tokenizer.json", dtype="fp32")
     loaded = task.load_model(exported).eval()
     device = torch.device("cpu")
-    shares = [
-        add_up(spec, task, loaded, made.manifest, memory_store, share=share, num_shares=2, device=device)
+    batches = [
+        batch
         for share in range(2)
+        for batch in summed(spec, task, loaded, made.manifest, memory_store, share=share, num_shares=2, device=device)
     ]
-    sums = {key: sum(share[key] for share, _ in shares) for key in shares[0][0]}
-    num_targets = sum(count for _, count in shares)
+    sums = {key: sum(batch.sums[key] for batch in batches) for key in batches[0].sums}
+    num_targets = sum(batch.num_targets for batch in batches)
     held_out = TokenReader(memory_store, made.manifest, made.manifest.eval, sequence_length=32)
     assert num_targets == held_out.num_samples > 10
     figures = task.metrics(sums, num_targets=num_targets, split=made.manifest.eval)
