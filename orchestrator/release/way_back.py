@@ -6,10 +6,11 @@ So a second rollback goes further down, and not back up to what the first one le
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from orchestrator.release.channels import Canary, ChannelEntry, ChannelStatus
+from orchestrator.release.wanted import wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,9 @@ class InForce:
 class Verdicts:
     """What the server made of versions, as its status tells."""
 
-    rejected: Collection[int] = ()
-    promoted: Collection[int] = ()
-    """Numbers of the entries whose canary has proved itself: from then on it is that entry's version."""
+    rejected: Mapping[int, str] = field(default_factory=dict)
+    promoted: Mapping[int, int] = field(default_factory=dict)
+    """By entry, its canary that has proved itself, and is that entry's version from then on."""
 
     @classmethod
     def of(cls, status: ChannelStatus | None) -> Verdicts:
@@ -37,20 +38,17 @@ class Verdicts:
 
 
 def in_force(history: Sequence[ChannelEntry], verdicts: Verdicts) -> InForce:
-    """What serves, or is to serve, by entries of rising numbers and the server's verdicts.
-
-    It is the top of the ladder, beside the newest entry's canary where that is neither promoted nor rejected.
-    """
-    rungs = ladder(history, verdicts)
-    top = rungs[-1] if rungs else None
-    canary = history[-1].canary if history else None
-    if canary is None or canary.version in verdicts.rejected or history[-1].number in verdicts.promoted:
-        return InForce(version=top)
-    return InForce(version=top, canary=canary if canary.version != top else None)
+    """What serves, or is to serve, by entries of rising numbers and the server's verdicts: as the server sees it."""
+    entries = {entry.number: entry for entry in history}
+    found = wanted(list(entries), entries.get, rejected=verdicts.rejected, promoted=verdicts.promoted)
+    if found is None:
+        return InForce(version=None)
+    canary = None if found.canary is None else Canary(version=found.canary, weight=found.weight)
+    return InForce(version=found.stable, canary=canary)
 
 
 def ladder(history: Sequence[ChannelEntry], verdicts: Verdicts) -> tuple[int, ...]:
-    """The versions that served or were to serve, rejected ones left out; the last is in force."""
+    """The versions that served or were to serve, rejected ones left out; the last is the one in force."""
     rungs: list[int] = []
     for entry in history:
         for version in _steps(entry, verdicts):
@@ -78,6 +76,6 @@ def step_back(history: Sequence[ChannelEntry], verdicts: Verdicts) -> int | None
 
 
 def _steps(entry: ChannelEntry, verdicts: Verdicts) -> tuple[int, ...]:
-    if entry.canary is not None and entry.number in verdicts.promoted:
-        return (entry.version, entry.canary.version)
+    if entry.number in verdicts.promoted:
+        return (entry.version, verdicts.promoted[entry.number])
     return (entry.version,)

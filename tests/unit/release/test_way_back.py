@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from orchestrator.release.channels import Canary, ChannelEntry, ChannelStatus
 from orchestrator.release.way_back import InForce, Verdicts, in_force, ladder, step_back
 
-TENTH = 0.1
+TENTH, WHY = 0.1, "slow"
 NONE = Verdicts()
+
+
+def rejecting(*versions: int) -> Verdicts:
+    return Verdicts(rejected=dict.fromkeys(versions, WHY))
 
 
 def history(*versions: int | tuple[int, int]) -> list[ChannelEntry]:
@@ -37,19 +43,19 @@ def history(*versions: int | tuple[int, int]) -> list[ChannelEntry]:
         ([1, 2, 3, 2, 1], NONE, (1,), None),
         ([1, 2, 3, 1, 3], NONE, (1, 3), 1),
         # Rejected versions are on no rung; going back from one says what serves anyway.
-        ([1, 2, 3], Verdicts(rejected={3}), (1, 2), 2),
-        ([1, 2, 3], Verdicts(rejected={2}), (1, 3), 1),
-        ([1, 2], Verdicts(rejected={1, 2}), (), None),
-        ([1, 2, 1], Verdicts(rejected={1}), (2,), 2),
+        ([1, 2, 3], rejecting(3), (1, 2), 2),
+        ([1, 2, 3], rejecting(2), (1, 3), 1),
+        ([1, 2], rejecting(1, 2), (), None),
+        ([1, 2, 1], rejecting(1), (2,), 2),
         # A canary that is still to prove itself is taken back first.
         ([1, (1, 2)], NONE, (1,), 1),
         ([1, 2, (2, 3)], NONE, (1, 2), 2),
-        ([1, (1, 2)], Verdicts(promoted={2}), (1, 2), 1),
-        ([1, (1, 2), (2, 3)], Verdicts(promoted={2, 3}), (1, 2, 3), 2),
-        ([1, (1, 2)], Verdicts(rejected={2}), (1,), None),
-        ([1, 2, (2, 3)], Verdicts(rejected={3}), (1, 2), 1),
+        ([1, (1, 2)], Verdicts(promoted={2: 2}), (1, 2), 1),
+        ([1, (1, 2), (2, 3)], Verdicts(promoted={2: 2, 3: 3}), (1, 2, 3), 2),
+        ([1, (1, 2)], rejecting(2), (1,), None),
+        ([1, 2, (2, 3)], rejecting(3), (1, 2), 1),
         # Promoted, and rejected all the same later on.
-        ([1, (1, 2)], Verdicts(promoted={2}, rejected={2}), (1,), 1),
+        ([1, (1, 2)], Verdicts(promoted={2: 2}, rejected={2: WHY}), (1,), 1),
     ],
 )
 def test_the_ladder(
@@ -63,11 +69,27 @@ def test_what_is_in_force() -> None:
     canary = Canary(version=2, weight=TENTH)
     assert in_force([], NONE) == InForce(version=None)
     assert in_force(history(1, (1, 2)), NONE) == InForce(version=1, canary=canary)
-    assert in_force(history(1, (1, 2)), Verdicts(promoted={2})) == InForce(version=2)
-    assert in_force(history(1, (1, 2)), Verdicts(rejected={2})) == InForce(version=1)
+    assert in_force(history(1, (1, 2)), Verdicts(promoted={2: 2})) == InForce(version=2)
+    assert in_force(history(1, (1, 2)), rejecting(2)) == InForce(version=1)
     assert in_force(history(1, (1, 2), 1), NONE) == InForce(version=1)
-    assert in_force(history((1, 2)), Verdicts(rejected={1})) == InForce(version=None, canary=canary)
+    assert in_force(history((1, 2)), rejecting(1)) == InForce(version=None)
     assert in_force(history(2, (2, 2)), NONE) == InForce(version=2)
+
+
+def test_the_top_of_the_ladder_is_in_force() -> None:
+    random = Random(7)
+    for _ in range(500):
+        versions = [random.randint(1, 5) for _ in range(random.randint(0, 8))]
+        entries = history(*(random.choice([each, (each, random.randint(1, 5))]) for each in versions))
+        canaries = {entry.number: entry.canary.version for entry in entries if entry.canary}
+        verdicts = Verdicts(
+            rejected=dict.fromkeys(random.sample(range(1, 6), random.randint(0, 3)), WHY),
+            promoted={number: version for number, version in canaries.items() if random.random() < 0.5},
+        )
+        rungs = ladder(entries, verdicts)
+        assert in_force(entries, verdicts).version == (rungs[-1] if rungs else None)
+        assert len(set(rungs)) == len(rungs)
+        assert not set(rungs) & verdicts.rejected.keys()
 
 
 def test_verdicts_are_the_status() -> None:
