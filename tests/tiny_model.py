@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -26,8 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 TEXTS = ["def __init__(self, name):\n    self.name = name\n", "naïve café — 漢字かな 🙂👩‍👩‍👧 ∑x² и кириллица\n"]
 
 
-def make_tokenizer(vocab_size: int = 384) -> tokenizers.Tokenizer:
-    """Few merges, so that most characters outside ASCII are spread over several tokens."""
+def make_tokenizer(vocab_size: int = 384, texts: Sequence[str] = TEXTS) -> tokenizers.Tokenizer:
+    """With few merges most characters outside ASCII are spread over several tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +38,7 @@ def make_tokenizer(vocab_size: int = 384) -> tokenizers.Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    tokenizer.train_from_iterator([*texts] * 20, trainer)
     return tokenizer
 
 

@@ -91,13 +91,18 @@ def ray_service(
         arguments: more of the application's.
 
     Raises:
-        SpecError: ``serve_pool`` has too few pods.
+        SpecError: ``serve_pool`` has too few pods, or the engine is not for pods.
     """
     pool = settings.pools[settings.serve_pool]
     if replicas > pool.max_pods:
         raise SpecError(
             f"--replicas {replicas} needs as many pods of pool {settings.serve_pool}; its max_pods is {pool.max_pods}.",
             next_step=f"Ask for at most {pool.max_pods}, or raise max_pods in target.yaml.",
+        )
+    if (arguments or {}).get("engine") == "vllm":
+        raise SpecError(
+            "--set engine=vllm is not for Kubernetes: each pod of the service is laid out for one replica.",
+            next_step="Serve from a Ray cluster whose nodes have GPUs: --target http://…",
         )
     name = service_name(model, channel)
     application = serve_application(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from orchestrator.release import channels
 from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.conftest import BUCKET
-from tests.integration.serving import promote, ray_with_serve, serving, wait_for
+from tests.integration.serving import Load, promote, ray_with_serve, serving, status, wait_for
 from tests.tiny_model import CONTEXT_TOKENS, make_tokenizer, release_version, save_model
 
 MODEL = "code-lm"
@@ -52,7 +51,14 @@ def served(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     store = open_store(f"s3://{BUCKET}/serving")
     started_s = time.monotonic()
-    arguments = {"model": MODEL, "channel": CHANNEL, "store": store.uri, "poll_s": POLL_S, "max_queued": 60}
+    arguments = {
+        "model": MODEL,
+        "channel": CHANNEL,
+        "store": store.uri,
+        "poll_s": POLL_S,
+        "max_batch": 4,
+        "max_queued": 60,
+    }
     serve.run(build(arguments), name="tiny", route_prefix="/")
     up_s = time.monotonic() - started_s
     url = f"http://127.0.0.1:{serve_port}"
@@ -247,35 +253,6 @@ def in_flight(served: Served) -> int:
     return num
 
 
-class Load:
-    """Requests one after the other in a thread, until told to stop; remembers who answered."""
-
-    def __init__(self, served: Served) -> None:
-        self.versions: list[str] = []
-        self.failures: list[str] = []
-        self._stop = threading.Event()
-        self._served = served
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 10}
-        with httpx.Client(timeout=30) as http:
-            while not self._stop.is_set():
-                response = http.post(f"{self._served.url}/v1/completions", json=body)
-                if response.status_code == 200:
-                    self.versions.append(response.headers["x-headway-version"])
-                else:
-                    self.failures.append(response.text)
-
-
 def test_promote_reject_and_roll_back_without_a_failed_request(served: Served, tmp_path: Path) -> None:
     store, url = served.store, served.url
     second = release_version(store, MODEL, save_model(tmp_path / "two", seed=2))
@@ -286,15 +263,16 @@ def test_promote_reject_and_roll_back_without_a_failed_request(served: Served, t
     store.upload(key, bytes(data))
     broken = release_version(store, MODEL, broken_model(tmp_path / "four"))
 
-    with Load(served) as load:
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 10}
+    with Load(f"{url}/v1/completions", body) as load:
         wait_for(lambda: len(load.versions) > 2)
         promote(store, MODEL, second.number)
         wait_for(lambda: serving(url) == second.number)
         for bad, reason in ((corrupt, "does not match its recorded digest"), (broken, "not finite")):
             promote(store, MODEL, bad.number)
-            wait_for(lambda bad=bad: bad.number in status(store).rejected)
-            assert reason in status(store).rejected[bad.number]
-            assert status(store).tried == bad.number
+            wait_for(lambda bad=bad: bad.number in status(store, MODEL).rejected)
+            assert reason in status(store, MODEL).rejected[bad.number]
+            assert status(store, MODEL).tried == bad.number
             assert serving(url) == second.number
         promote(store, MODEL, 1)
         wait_for(lambda: serving(url) == 1)
@@ -305,12 +283,6 @@ def test_promote_reject_and_roll_back_without_a_failed_request(served: Served, t
     assert set(load.versions) == {f"{MODEL}@1", second.name}
     answer = served.client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0)
     assert answer.choices[0].text == greedy(served.model_1, PROMPT, 20)
-
-
-def status(store: Store) -> channels.ChannelStatus:
-    found = channels.read_status(store, MODEL, CHANNEL)
-    assert found is not None
-    return found
 
 
 def broken_model(directory: Path) -> Path:
@@ -339,8 +311,7 @@ def test_two_replicas_under_a_prefix_follow_another_channel(served: Served) -> N
                 for _ in range(8)
             }
         assert texts == {greedy(served.model_1, PROMPT, 20)}
-        found = channels.read_status(served.store, MODEL, "staging")
-        assert found is not None
-        assert found.serving == 1
+        wait_for(lambda: len(status(served.store, MODEL, "staging").replicas) == 2)
+        assert status(served.store, MODEL, "staging").serving == 1
     finally:
         serve.delete("staging")

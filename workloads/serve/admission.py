@@ -17,8 +17,11 @@ class Overloaded(HeadwayError):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    max_concurrent: int = 4
-    """Sequences generated, or batches classified, at once; each generated one holds a key-value cache."""
+    max_batch: int = 32
+    """Sequences decoded, or texts classified, at once."""
+    max_batch_tokens: int | None = None
+    """Tokens whose keys and values a batch may come to hold: its sequences times the longest one's prompt and
+    completion together. None derives it from the free memory (:mod:`workloads.serve.batching_memory`)."""
     max_queued: int = 64
     """Sequences that wait for their turn; those beyond are refused."""
     num_threads: int = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -29,7 +32,7 @@ class Admission:
     """Counts the sequences that are under way or waiting."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self._room = settings.max_concurrent + settings.max_queued
+        self._room = settings.max_batch + settings.max_queued
         self._lock = threading.Lock()
         self.num_sequences = 0
 

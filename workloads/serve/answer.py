@@ -7,16 +7,18 @@ import contextlib
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from workloads.serve import openai_api
 from workloads.serve.engine import Engine, FinishReason, Generation, Piece
-from workloads.serve.follow import Loaded
-from workloads.serve.http import VERSION_HEADER, api_errors, require_model
+from workloads.serve.http import VERSION_HEADER, api_errors, require_model, timed_out
+from workloads.serve.loaded import Loaded
 from workloads.serve.openai_api import ApiError, SamplingRequest
+
+_T = TypeVar("_T")
 
 
 class Answer(ABC):
@@ -24,13 +26,16 @@ class Answer(ABC):
 
     id_prefix: ClassVar[str]
 
-    def __init__(self, request: SamplingRequest, loaded: Loaded) -> None:
+    def __init__(self, request: SamplingRequest, loaded: Loaded, *, deadline_s: float | None = None) -> None:
         """
+        Args:
+            deadline_s: when it has to have ended, by the event loop's clock.
+
         Raises:
             ApiError: 404, another model; 400, one that generates nothing.
         """
         require_model(request.model, loaded)
-        self.request = request
+        self.request, self.loaded, self.deadline_s = request, loaded, deadline_s
         self.engine: Engine = loaded.generator()
         self.version = loaded.version
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
@@ -110,23 +115,31 @@ class Answer(ABC):
         """Pieces of all sequences as they come, with the sequence's index.
 
         Raises:
-            ApiError: too long a prompt, too many requests, a broken model.
+            ApiError: too long a prompt, too many requests, a broken model, too little time.
         """
-        with api_errors(self.version.name), self.engine.admit(self.num_sequences):
+        counted = self.loaded.counter.request()
+        with counted as counter, api_errors(self.version.name), self.engine.admit(self.num_sequences):
             wanted, self._num_prompt_tokens = await self.generations()
             for index, text in (await self.given(wanted)).items():
                 yield index, Piece(text=text, num_tokens=0)
-            async with contextlib.aclosing(merged(self.engine, wanted)) as pieces:
+            async with contextlib.aclosing(merged(self.engine, wanted, self.deadline_s)) as pieces:
                 async for index, piece in pieces:
                     self._num_completion_tokens += 1
+                    counter.token()
                     yield index, piece
 
     def _usage(self) -> dict[str, int]:
         return openai_api.usage(self._num_prompt_tokens, self._num_completion_tokens)
 
 
-async def merged(engine: Engine, generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of several sequences in the order in which they come. Closing it stops all of them."""
+async def merged(
+    engine: Engine, generations: Sequence[Generation], deadline_s: float | None = None
+) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of several sequences in the order in which they come. Closing it stops all of them.
+
+    Raises:
+        ApiError: 504, they had not all ended by ``deadline_s`` of the event loop's clock.
+    """
     arrived: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
 
     async def follow(index: int, generation: Generation) -> None:
@@ -143,7 +156,7 @@ async def merged(engine: Engine, generations: Sequence[Generation]) -> AsyncGene
     try:
         num_left = len(tasks)
         while num_left:
-            item = await arrived.get()
+            item = await _before(deadline_s, arrived.get())
             if isinstance(item, Exception):
                 raise item
             if item is None:
@@ -153,6 +166,14 @@ async def merged(engine: Engine, generations: Sequence[Generation]) -> AsyncGene
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def _before(deadline_s: float | None, arriving: Coroutine[Any, Any, _T]) -> _T:
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            return await arriving
+    except TimeoutError as e:
+        raise timed_out() from e
 
 
 async def _resumed(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

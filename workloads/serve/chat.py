@@ -10,24 +10,24 @@ from workloads.serve import chat_api, openai_api
 from workloads.serve.answer import Answer
 from workloads.serve.chat_api import ChatRequest
 from workloads.serve.engine import FinishReason, Generation
-from workloads.serve.follow import Loaded
+from workloads.serve.loaded import Loaded
 
 
-async def complete_chat(body: bytes, loaded: Loaded) -> Response:
+async def complete_chat(body: bytes, loaded: Loaded, deadline_s: float | None = None) -> Response:
     """A whole answer, or a stream of events.
 
     Raises:
         ApiError: what is wrong with the request, or with the server now; 400 where the model has no chat template.
     """
-    return await _Chat(chat_api.parse_chat(body), loaded).respond()
+    return await _Chat(chat_api.parse_chat(body), loaded, deadline_s=deadline_s).respond()
 
 
 class _Chat(Answer):
     id_prefix = "chatcmpl"
     request: ChatRequest
 
-    def __init__(self, request: ChatRequest, loaded: Loaded) -> None:
-        super().__init__(request, loaded)
+    def __init__(self, request: ChatRequest, loaded: Loaded, *, deadline_s: float | None = None) -> None:
+        super().__init__(request, loaded, deadline_s=deadline_s)
         self._begun: set[int] = set()  # sequences of which an event was made
 
     @property

@@ -58,7 +58,7 @@ class TransformersClassifier:
 
     def __init__(self, model: Any, tokenizer: tokenizers.Tokenizer, settings: EngineSettings, *, pad_id: int) -> None:
         self._model, self._tokenizer, self._pad_id = model, tokenizer, pad_id
-        self._pool = ThreadPoolExecutor(settings.max_concurrent, thread_name_prefix="classify")
+        self._pool = ThreadPoolExecutor(-(-settings.max_batch // _BATCH_TEXTS), thread_name_prefix="classify")
         self._admission = Admission(settings)
         names = model.config.id2label
         self.labels = tuple(str(names[number]) for number in range(model.config.num_labels))

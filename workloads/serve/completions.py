@@ -11,16 +11,16 @@ from workloads.serve import completion_api
 from workloads.serve.answer import Answer
 from workloads.serve.completion_api import CompletionRequest
 from workloads.serve.engine import FinishReason, Generation
-from workloads.serve.follow import Loaded
+from workloads.serve.loaded import Loaded
 
 
-async def complete(body: bytes, loaded: Loaded) -> Response:
+async def complete(body: bytes, loaded: Loaded, deadline_s: float | None = None) -> Response:
     """A whole answer, or a stream of events.
 
     Raises:
         ApiError: what is wrong with the request, or with the server now.
     """
-    return await _Completion(completion_api.parse_completion(body), loaded).respond()
+    return await _Completion(completion_api.parse_completion(body), loaded, deadline_s=deadline_s).respond()
 
 
 class _Completion(Answer):

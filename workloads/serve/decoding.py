@@ -1,81 +1,71 @@
-"""What happens at each token of a sequence: choosing it, and seeing what it brought."""
+"""What happens at each step: choosing the next token of each sequence, and seeing what it brought."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-import transformers
 
-from workloads.serve.engine import FinishReason, Generation, Piece
-from workloads.serve.loading import NonFiniteLogits
+from workloads.serve.batching_row import Row, Token
+from workloads.serve.engine import Generation, Piece
 from workloads.serve.text import Detokenizer, StopSequences
 
+_ALL = float("inf")  # above any sum of probabilities
 
-class Choose(transformers.LogitsProcessor):  # type: ignore[misc]
-    """Samples with the request's own random numbers: ``generate`` samples from torch's global ones, which
-    requests share. Its greedy search then finds the one token that is left."""
 
-    def __init__(self, generation: Generation, device: Any) -> None:
-        self._temperature, self._top_p = generation.temperature, generation.top_p
-        self._random = torch.Generator(device=device)
-        if generation.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(generation.seed)
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How each row of a batch chooses its next token, on the model's device.
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Shape (1, vocabulary) in and out."""
-        logits = scores.float()
-        highest = logits.max(dim=-1, keepdim=True).values
-        if not bool(torch.isfinite(highest).all()):
-            raise NonFiniteLogits("The model's logits are not finite numbers.")
-        if self._temperature == 0.0:
-            return scores
+    Made before the model runs, since it copies to the device, which would wait for the model.
+    """
+
+    temperatures: Any = None
+    """Shape (rows, 1), 1 for rows that do not sample; None where none does."""
+    top_p: Any = None
+    """Shape (rows, 1); None where all keep all tokens."""
+    randoms: tuple[Any, ...] = ()
+    """Of each row; None for one that does not sample."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: Any) -> Self:
+        asked = [row.generation for row in rows]
+        if not any(each.temperature for each in asked):
+            return cls()
+        cuts = [each.top_p if each.temperature and each.top_p < 1.0 else _ALL for each in asked]
+        return cls(
+            temperatures=torch.tensor([[each.temperature or 1.0] for each in asked], device=device),
+            top_p=None if min(cuts) == _ALL else torch.tensor([[cut] for cut in cuts], device=device),
+            randoms=tuple(row.random(device) if row.generation.temperature else None for row in rows),
+        )
+
+
+def choose(logits: Any, sampling: Sampling) -> list[int | None]:
+    """The next token of each row, or None where the row's logits are not finite numbers. Waits for the device once.
+
+    Args:
+        logits: shape (rows, vocabulary).
+    """
+    logits = logits.float()
+    highest, tokens = logits.max(dim=-1)  # NaN where one is NaN
+    finite = torch.isfinite(highest)
+    if sampling.temperatures is not None:
         # Subtracted first, so that a tiny temperature gives -inf and never inf.
-        probabilities = torch.softmax((logits - highest) / self._temperature, dim=-1)
-        if self._top_p < 1.0:
-            probabilities = nucleus(probabilities, self._top_p)
-        token = torch.multinomial(probabilities, 1, generator=self._random)
-        return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
+        shifted = torch.where(finite[:, None], logits - highest[:, None], 0.0)
+        probabilities = torch.softmax(shifted / sampling.temperatures, dim=-1)
+        if sampling.top_p is not None:
+            probabilities = nucleus(probabilities, sampling.top_p)
+        for row, random in enumerate(sampling.randoms):
+            if random is not None:
+                tokens[row : row + 1] = torch.multinomial(probabilities[row], 1, generator=random)
+    found: list[int] = torch.where(finite, tokens, -1).tolist()
+    return [None if token < 0 else token for token in found]
 
 
-class Watch(transformers.StoppingCriteria):  # type: ignore[misc]
-    """Sees every new token: turns it into text, passes it on, and says when to stop."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        decode: Callable[[Sequence[int]], str],
-        end_tokens: Sequence[int],
-        put: Callable[[Piece], None],
-        gone: threading.Event,
-    ) -> None:
-        self._max_tokens = generation.max_tokens
-        self._text, self._stop = Detokenizer(decode), StopSequences(generation.stop)
-        self._end_tokens, self._put, self._gone = frozenset(end_tokens), put, gone
-        self._num_tokens = 0
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        token = int(input_ids[0, -1])
-        self._num_tokens += 1
-        ended = token in self._end_tokens
-        text = "" if ended else self._stop.add(self._text.add(token))
-        reason: FinishReason | None = "stop" if ended or self._stop.hit else None
-        if reason is None and self._num_tokens >= self._max_tokens:
-            reason = "length"
-        if reason is not None:
-            text += self._stop.add(self._text.flush())
-            text += self._stop.flush()
-            reason = "stop" if self._stop.hit else reason
-        self._put(Piece(text=text, num_tokens=self._num_tokens, finish_reason=reason))
-        return torch.tensor([reason is not None or self._gone.is_set()], device=input_ids.device)
-
-
-def nucleus(probabilities: Any, top_p: float) -> Any:
-    """Zero all but the fewest likeliest tokens that together reach ``top_p``.
+def nucleus(probabilities: Any, top_p: Any) -> Any:
+    """Zero all but the fewest likeliest tokens that together reach ``top_p``, a number or one for each sequence.
 
     Shape (sequences, vocabulary) in and out; the rest need not sum to 1. Source: Holtzman et al. 2019.
     """
@@ -83,3 +73,24 @@ def nucleus(probabilities: Any, top_p: float) -> Any:
     before = likeliest.cumsum(dim=-1) - likeliest
     kept = likeliest.masked_fill(before >= top_p, 0.0)
     return torch.zeros_like(probabilities).scatter(-1, order, kept)
+
+
+class Watch:
+    """Turns a sequence's tokens into pieces of text, and sees where a stop sequence ends it."""
+
+    def __init__(self, generation: Generation, decode: Callable[[Sequence[int]], str]) -> None:
+        self._text, self._stop = Detokenizer(decode), StopSequences(generation.stop)
+        self._num_tokens = 0
+
+    def add(self, token: Token) -> Piece:
+        """What the token brought. After a piece with a finish reason there are no more."""
+        self._num_tokens += 1
+        reason = token.finish_reason
+        text = "" if reason == "stop" else self._stop.add(self._text.add(token.id))
+        if self._stop.hit:
+            reason = "stop"
+        if reason is not None:
+            text += self._stop.add(self._text.flush())
+            text += self._stop.flush()
+            reason = "stop" if self._stop.hit else reason
+        return Piece(text=text, num_tokens=self._num_tokens, finish_reason=reason)

@@ -1,199 +1,234 @@
-"""Follows a channel: makes what serves what the channel says, and says in its status what came of it."""
+"""Follows a channel: makes what one replica answers with what the channel says."""
 
 from __future__ import annotations
 
+import gc
 import logging
-import time
-from collections.abc import Callable, Mapping
+import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event
 
-from orchestrator.errors import EnvironmentUnusable, HeadwayError, IntegrityError, NotFound
+from orchestrator.errors import HeadwayError, IntegrityError
 from orchestrator.release import channels
 from orchestrator.release.channels import ChannelEntry, ChannelStatus
-from orchestrator.release.versions import Version, download_version, read_version
-from orchestrator.store import Store
-from workloads.serve.classifier import Classifier
-from workloads.serve.engine import Engine
-from workloads.serve.openai_api import ApiError
+from orchestrator.release.wanted import Wanted, wanted
+from workloads.serve.counters import Counter, Counts
+from workloads.serve.loaded import Loaded, Serving
+from workloads.serve.loads import MAX_RETRY_S, Loads, NotNow
+from workloads.serve.reports import ReplicaReport, Trial
 
 logger = logging.getLogger("headway.serve")
-
-MAX_RETRY_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A version that answers."""
-
-    version: Version
-    engine: Engine | Classifier
-
-    def generator(self) -> Engine:
-        """
-        Raises:
-            ApiError: 400, this version gives classes.
-        """
-        if not isinstance(self.engine, Classifier):
-            return self.engine
-        raise ApiError(
-            400, f"{self.version.model} classifies texts and generates none; use /v1/classify.", code="unsupported"
-        )
-
-    def classifier(self) -> Classifier:
-        """
-        Raises:
-            ApiError: 400, this version generates text.
-        """
-        if isinstance(self.engine, Classifier):
-            return self.engine
-        raise ApiError(
-            400, f"{self.version.model} generates text and gives no classes; use /v1/completions.", code="unsupported"
-        )
 
 
 @dataclass(kw_only=True)
 class Follower:
-    """One replica's view of its channel. :meth:`step` runs in one thread; others may read :attr:`current`.
+    """One replica's view of its channel. :meth:`step` runs in one thread; others may read :attr:`serving`.
 
-    What it serves is a function of the channel's entries and the rejected versions: the newest entry whose
-    version was not rejected. So after a restart it comes to the same version again. A version that is swapped
-    out is freed when the last request that holds it ends.
+    What it serves is a function of the channel's entries and of what the status says was rejected or promoted, so
+    that all replicas come to the same, and come to it again after a restart. A version that is swapped out is freed
+    when the last request that holds it ends.
     """
 
-    store: Store
-    model: str
     channel: str
-    cache_directory: Path
-    load: Callable[[Version, Path], Engine | Classifier]
-    """The version whose files the directory holds. Raises where they are no model that answers."""
-    writes_status: bool = True
-    """False on all replicas but one: a status has one writer."""
-    clock: Callable[[], float] = time.time
+    loads: Loads
 
-    current: Loaded | None = field(default=None, init=False)
-    status: ChannelStatus = field(default_factory=ChannelStatus, init=False)
+    serving: Serving = field(default_factory=Serving, init=False)
+    has_looked: Event = field(default_factory=Event, init=False)
+    """Set once the first step is done."""
+    problem: str | None = field(default=None, init=False)
+    """What keeps a wanted version from serving for now."""
+    _status: ChannelStatus = field(default_factory=ChannelStatus, init=False)
     _entries: dict[int, ChannelEntry] = field(default_factory=dict, init=False)
-    _status_read: bool = field(default=False, init=False)
-    _status_written: ChannelStatus | None = field(default=None, init=False)
+    _trial: _Trial | None = field(default=None, init=False)
+    _let_go: weakref.ref[Loaded] | None = field(default=None, init=False)
+    _has_garbage: bool = field(default=False, init=False)
     _retry_wait_s: float = field(default=0.0, init=False)
     _retry_at_s: float = field(default=0.0, init=False)
 
     def run(self, stop: Event, *, poll_s: float) -> None:
-        """Step every ``poll_s`` seconds until ``stop`` is set."""
-        while not stop.wait(poll_s):
+        """Step now, and every ``poll_s`` seconds until ``stop`` is set."""
+        while True:
             self.step()
+            self.has_looked.set()
+            if stop.wait(poll_s):
+                return
 
     def step(self) -> None:
-        """Look at the channel once and act. Never raises: what goes wrong is in the status and the log."""
-        if self.clock() < self._retry_at_s:
+        """Look at the channel once and act. Never raises: what goes wrong is in :attr:`problem` and the log."""
+        if self.loads.clock() < self._retry_at_s:
             return
         problem = None
         try:
-            self._read_rejected()
+            self._read_status()
             self._reconcile()
             self._retry_wait_s = 0.0
+        except NotNow as e:
+            problem = str(e)
         except HeadwayError as e:
             problem = str(e)
             self._retry_wait_s = min(MAX_RETRY_S, max(1.0, 2 * self._retry_wait_s))
-            self._retry_at_s = self.clock() + self._retry_wait_s
-            logger.warning("%s/%s: %s", self.model, self.channel, problem)
+            self._retry_at_s = self.loads.clock() + self._retry_wait_s
         except Exception as e:
             problem = f"{type(e).__name__}: {e}"
-            logger.exception("%s/%s: following the channel failed", self.model, self.channel)
-        self.status = self.status.model_copy(update={"problem": problem})
-        self._write_status()
+            logger.exception("%s/%s: following the channel failed", self.loads.model, self.channel)
+        self.loads.turns.give_back()
+        if problem not in (None, self.problem):
+            logger.warning("%s/%s: %s", self.loads.model, self.channel, problem)
+        self.problem = problem
+        if self._has_garbage and self.loads.num_held <= len(self.serving.versions()):
+            gc.collect()  # a model is full of cycles, which outlive its last request
+            self._has_garbage = False
+
+    @property
+    def rejected(self) -> dict[int, str]:
+        """Versions that do not answer though an entry may name them: by the decider, or by a load here."""
+        return {**self.loads.failures, **self._status.rejected}
+
+    def report(self, replica: str) -> ReplicaReport:
+        """This replica as it is now. May be called in another thread."""
+        serving, trial = self.serving, self._trial
+        return ReplicaReport(
+            replica=replica,
+            serving=None if serving.stable is None else serving.stable.version.number,
+            canary=None if serving.canary is None else serving.canary.version.number,
+            loading=self.loads.loading,
+            tried=self.loads.tried,
+            problem=self.problem,
+            failures=self.loads.failures,
+            trial=None if trial is None else trial.now(),
+        )
+
+    def _read_status(self) -> None:
+        try:
+            found = channels.read_status(self.loads.store, self.loads.model, self.channel)
+        except IntegrityError as e:
+            logger.warning("The status is passed over until it is written anew: %s", e)
+        else:
+            self._status = found or ChannelStatus()
 
     def _reconcile(self) -> None:
-        """Load what the channel says, until something that loads is serving.
+        """Load what the channel says, until all of it that loads is serving.
 
         Raises:
             EnvironmentUnusable: for now; try again later.
         """
-        while (entry := self._wanted()) is not None:
-            if self.current is not None and self.current.version.number == entry.version:
+        while True:
+            numbers = channels.entry_numbers(self.loads.store, self.loads.model, self.channel)
+            aim = wanted(numbers, self._entry, rejected=self.rejected, promoted=self._status.promoted)
+            if aim is None or self._settle(aim):
                 return
-            loaded = self._try(entry.version)
-            if loaded is not None:
-                self._swap(loaded)
-                return
-
-    def _wanted(self) -> ChannelEntry | None:
-        numbers = channels.entry_numbers(self.store, self.model, self.channel)
-        return newest_usable(numbers, self._entry, self.status.rejected)
 
     def _entry(self, number: int) -> ChannelEntry | None:
         """An entry, or None where what lies there is not one."""
         if number not in self._entries:
             try:
-                self._entries[number] = channels.read_entry(self.store, self.model, self.channel, number)
+                self._entries[number] = channels.read_entry(self.loads.store, self.loads.model, self.channel, number)
             except IntegrityError as e:
                 logger.warning("An entry is passed over: %s", e)
                 return None
         return self._entries[number]
 
-    def _try(self, number: int) -> Loaded | None:
-        """Load a version beside the one that serves; None where it is rejected."""
-        started_s = self.clock()
-        try:
-            version = read_version(self.store, self.model, number)
-            directory = download_version(self.store, version, self.cache_directory)
-            engine = self.load(version, directory)
-        except Exception as e:  # whatever a foreign file makes transformers raise
-            if isinstance(e, EnvironmentUnusable) and not isinstance(e, NotFound):
-                raise
-            # By name: torch, whose error it is, is not imported here.
-            if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
-                raise EnvironmentUnusable(f"{self.model}@{number} does not fit into memory now: {e}.") from e
-            self._reject(number, e)
-            return None
-        logger.info("%s loaded in %.1f s", version.name, self.clock() - started_s)
-        return Loaded(version=version, engine=engine)
+    def _settle(self, aim: Wanted) -> bool:
+        """Serve this. False where one of its versions was rejected meanwhile, so that something else is wanted.
 
-    def _reject(self, number: int, error: Exception) -> None:
-        reason = str(error) if isinstance(error, HeadwayError) else f"{type(error).__name__}: {error}"
-        logger.error("%s@%d is rejected: %s", self.model, number, reason)
-        self.status = self.status.model_copy(
-            update={"tried": number, "rejected": {**self.status.rejected, number: reason[:1000]}}
+        Nothing here may keep hold of a version while another is loaded: its memory may be needed.
+        """
+        self._drop_canary(aim)
+        if self.serving.find(aim.stable) is None and not self._add_stable(aim):
+            return False
+        if aim.canary is not None and self.serving.find(aim.canary) is None:
+            self._swap(Serving(stable=self.serving.find(aim.stable)))
+            if not self._add_canary(aim.canary, aim):
+                return False
+        canary = self.serving.find(aim.canary)
+        self._swap(Serving(stable=self.serving.find(aim.stable), canary=canary, weight=aim.weight))
+        self._watch(aim)
+        return True
+
+    def _drop_canary(self, aim: Wanted) -> None:
+        canary = self.serving.canary
+        if canary is not None and canary.version.number not in (aim.stable, aim.canary):
+            self._swap(Serving(stable=self.serving.stable))
+
+    def _add_stable(self, aim: Wanted) -> bool:
+        try:
+            loaded = self.loads.load(aim.stable, aim.entry, let_go=self._release)
+        except NotNow:
+            self._take_back()
+            raise
+        if loaded is None:
+            return False
+        # The one before goes on beside it where it is the canary now.
+        self._swap(Serving(stable=loaded, canary=self.serving.find(aim.canary), weight=aim.weight))
+        return True
+
+    def _add_canary(self, number: int, aim: Wanted) -> bool:
+        loaded = self.loads.load(number, aim.canary_entry or aim.entry, let_go=None)
+        if loaded is None:
+            return False
+        self._swap(Serving(stable=self.serving.stable, canary=loaded, weight=aim.weight))
+        return True
+
+    def _release(self) -> None:
+        """Hold no version, so that each is freed with its last request. Other replicas answer meanwhile."""
+        stable = self.serving.stable
+        self._let_go = None if stable is None else weakref.ref(stable)
+        self._swap(Serving(draining=True))
+
+    def _take_back(self) -> None:
+        """Answer with the version that was let go, where a request has kept it in memory."""
+        loaded = self._let_go() if self._let_go is not None else None
+        if self.serving.draining and loaded is not None:
+            self._swap(Serving(stable=loaded))
+
+    def _swap(self, serving: Serving) -> None:
+        self._has_garbage = self._has_garbage or any(
+            serving.find(loaded.version.number) is None for loaded in self.serving.versions()
+        )
+        self.serving = serving
+        if serving.canary is None:
+            self._trial = None
+
+    def _watch(self, aim: Wanted) -> None:
+        """Count anew where the canary or its entry is another."""
+        canary, stable, entry = self.serving.canary, self.serving.stable, aim.canary_entry
+        if canary is None or stable is None or entry is None:
+            self._trial = None
+            return
+        trial = self._trial
+        if trial is None or (trial.entry, trial.stable, trial.canary) != (entry.number, stable.counter, canary.counter):
+            self._trial = _Trial.begin(entry.number, stable, canary, weight=aim.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """What both versions had answered when the canary began. Holds no version."""
+
+    entry: int
+    version: int
+    weight: float
+    stable: Counter
+    canary: Counter
+    stable_before: Counts
+    canary_before: Counts
+
+    @classmethod
+    def begin(cls, entry: int, stable: Loaded, canary: Loaded, *, weight: float) -> _Trial:
+        return cls(
+            entry=entry,
+            version=canary.version.number,
+            weight=weight,
+            stable=stable.counter,
+            canary=canary.counter,
+            stable_before=stable.counter.counts(),
+            canary_before=canary.counter.counts(),
         )
 
-    def _swap(self, loaded: Loaded) -> None:
-        self.current = loaded
-        number = loaded.version.number
-        self.status = self.status.model_copy(update={"tried": number, "serving": number})
-
-    def _read_rejected(self) -> None:
-        """Once: what was rejected before this replica started stays rejected."""
-        if self._status_read:
-            return
-        try:
-            found = channels.read_status(self.store, self.model, self.channel)
-        except IntegrityError as e:
-            logger.warning("The status is written anew: %s", e)
-            found = None
-        if found is not None:
-            self.status = self.status.model_copy(update={"rejected": found.rejected, "tried": found.tried})
-        self._status_read = True
-
-    def _write_status(self) -> None:
-        if not self.writes_status or not self._status_read or self.status == self._status_written:
-            return
-        stamped = self.status.model_copy(update={"updated_s": self.clock()})
-        try:
-            channels.write_status(self.store, self.model, self.channel, stamped)
-        except HeadwayError as e:
-            logger.warning("The status could not be written: %s", e)
-            return
-        self.status = self._status_written = stamped
-
-
-def newest_usable(
-    numbers: list[int], entry_of: Callable[[int], ChannelEntry | None], rejected: Mapping[int, str]
-) -> ChannelEntry | None:
-    """The newest of the entries whose version was not rejected. Reads no more of them than it must."""
-    for number in sorted(numbers, reverse=True):
-        entry = entry_of(number)
-        if entry is not None and entry.version not in rejected:
-            return entry
-    return None
+    def now(self) -> Trial:
+        return Trial(
+            entry=self.entry,
+            version=self.version,
+            weight=self.weight,
+            stable=self.stable.counts() - self.stable_before,
+            canary=self.canary.counts() - self.canary_before,
+        )

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from workloads.serve import openai_api
 from workloads.serve.admission import Overloaded
 from workloads.serve.chat_template import NoChatTemplate, TemplateRefused
-from workloads.serve.follow import Loaded
+from workloads.serve.loaded import Loaded
 from workloads.serve.loading import NonFiniteLogits
 from workloads.serve.openai_api import ApiError
 
@@ -26,6 +26,10 @@ RETRY_AFTER_S = 1
 def error_response(error: ApiError) -> Response:
     headers = {"retry-after": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
     return JSONResponse(error.document(), status_code=error.status, headers=headers)
+
+
+def timed_out() -> ApiError:
+    return ApiError(504, "The request took longer than this server allows.", kind="server_error", code="timeout")
 
 
 async def read_body(request: Request) -> bytes:

@@ -207,3 +207,8 @@ def test_more_arguments_cannot_take_what_pods_decide():
     (application,) = json.loads(request.manifest["spec"]["serveConfigV2"])["applications"]
     arguments = application["args"]
     assert (arguments["max_batch"], arguments["num_threads"], arguments["num_cpus"]) == (8, 2, 1)
+
+
+def test_vllm_is_refused_where_it_has_no_place():
+    with pytest.raises(SpecError, match="engine=vllm is not for Kubernetes"):
+        rendered(arguments={"engine": "vllm"})

@@ -15,7 +15,7 @@ from tests.tiny_model import make_version
 from workloads.serve.admission import Overloaded
 from workloads.serve.chat_template import NoChatTemplate, TemplateRefused
 from workloads.serve.engine import Generation, Piece
-from workloads.serve.follow import Loaded
+from workloads.serve.loaded import Loaded
 
 FILES = {"config.json": VersionFile(size_bytes=0, sha256="0" * 64)}
 

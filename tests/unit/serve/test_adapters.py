@@ -20,7 +20,7 @@ from workloads.serve.engine import Generation
 from workloads.serve.engines import load_engine
 from workloads.serve.transformers_engine import TransformersEngine
 
-SETTINGS = EngineSettings(max_concurrent=1, max_queued=8, num_threads=1)
+SETTINGS = EngineSettings(max_batch=1, max_queued=8, num_threads=1)
 CLASSES = ("no", "yes")
 TEXTS = ["def __init__(self", "naïve café", "x"]
 

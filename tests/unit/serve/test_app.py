@@ -7,15 +7,17 @@ import pytest
 
 from orchestrator import __version__
 from orchestrator.errors import UsageError
-from orchestrator.release.channels import ChannelStatus
 from workloads.serve import app
+from workloads.serve.models import cache_directory
+from workloads.serve.replica import why_nothing
+from workloads.serve.settings import ServeSettings
 
 
 def test_arguments_have_defaults_that_leave_room_for_training() -> None:
-    settings = app.ServeSettings(model="lm")
+    settings = ServeSettings(model="lm")
     assert settings.num_cpus < 1
-    assert settings.engine_settings().max_concurrent >= 1
-    assert app.ServeSettings(model="lm", num_threads=3).engine_settings().num_threads == 3
+    assert settings.engine_settings().max_batch >= 1
+    assert ServeSettings(model="lm", num_threads=3).engine_settings().num_threads == 3
 
 
 @pytest.mark.parametrize(
@@ -39,18 +41,42 @@ def test_build_gives_an_application_without_a_cluster() -> None:
 
 def test_the_cache_is_where_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADWAY_CACHE", "/somewhere")
-    assert app.cache_directory() == Path("/somewhere/versions")
+    assert cache_directory() == Path("/somewhere")
     monkeypatch.delenv("HEADWAY_CACHE")
-    assert app.cache_directory() == Path.home() / ".cache/headway/versions"
+    assert cache_directory() == Path.home() / ".cache/headway"
 
 
 @pytest.mark.parametrize(
-    ("status", "message"),
+    ("problem", "rejected", "message"),
     [
-        (ChannelStatus(), "No version released yet for lm."),
-        (ChannelStatus(rejected={3: "NaN"}), "No version of lm can serve: version 3 was rejected: NaN"),
-        (ChannelStatus(problem="down", rejected={3: "NaN"}), "No version of lm is loaded: down"),
+        (None, {}, "No version released yet for lm."),
+        (None, {3: "NaN"}, "No version of lm can serve: version 3 was rejected: NaN"),
+        ("down", {3: "NaN"}, "No version of lm is loaded: down"),
     ],
 )
-def test_why_nothing_answers(status: ChannelStatus, message: str) -> None:
-    assert app._why_nothing("lm", status) == message
+def test_why_nothing_answers(problem: str | None, rejected: dict[int, str], message: str) -> None:
+    assert why_nothing("lm", problem, rejected) == message
+
+
+def test_replicas_are_as_many_as_said_or_grow_with_the_load() -> None:
+    assert ServeSettings(model="lm", num_replicas=2).replicas() == {"num_replicas": 2}
+    assert ServeSettings(model="lm", num_replicas=2, max_replicas=2).replicas() == {"num_replicas": 2}
+    grown = ServeSettings(model="lm", num_replicas=2, min_replicas=1, max_replicas=4, max_batch=8)
+    assert grown.replicas()["autoscaling_config"] == {
+        "min_replicas": 1,
+        "max_replicas": 4,
+        "initial_replicas": 2,
+        "target_ongoing_requests": 8,
+    }
+
+
+@pytest.mark.parametrize("args", [{"min_replicas": 2}, {"num_replicas": 3, "max_replicas": 2}])
+def test_replicas_that_cannot_be_are_refused(args: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="max_replicas"):
+        app.build({"model": "lm", **args})
+
+
+def test_a_canary_policy_is_taken_as_a_part() -> None:
+    assert ServeSettings.model_validate({"model": "lm", "canary": {"min_requests": 5}}).canary.min_requests == 5
+    with pytest.raises(UsageError, match=r"argument canary\.min_request:"):
+        app.build({"model": "lm", "canary": {"min_request": 5}})

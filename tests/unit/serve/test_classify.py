@@ -28,7 +28,7 @@ from workloads.serve.loading import NonFiniteLogits
 from workloads.serve.openai_api import ApiError
 from workloads.serve.transformers_engine import TransformersEngine
 
-SETTINGS = EngineSettings(max_concurrent=2, max_queued=38, num_threads=1)
+SETTINGS = EngineSettings(max_batch=2, max_queued=38, num_threads=1)
 TEXTS = ["def __init__(self", "naïve café", "x", "self.name = name\n" * 4, "и кириллица"]
 
 

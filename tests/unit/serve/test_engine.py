@@ -23,7 +23,7 @@ from workloads.serve.engine import Generation, Piece
 from workloads.serve.loading import NonFiniteLogits
 from workloads.serve.transformers_engine import TransformersEngine
 
-SETTINGS = EngineSettings(max_concurrent=2, max_queued=2, num_threads=1)
+SETTINGS = EngineSettings(max_batch=2, max_queued=2, num_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_end_token_ends_and_is_not_shown(tmp_path: Path) -> None:
     save_model(tmp_path, seed=1, with_end=True)
     weights = load_file(tmp_path / "model.safetensors")
     engine = TransformersEngine.load(tmp_path, SETTINGS)
-    (end,) = engine._end_tokens
+    (end,) = engine._tokens.end_tokens
     weights["lm_head.weight"] = torch.zeros_like(weights["lm_head.weight"])  # all logits equal: token 0, the end
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     engine = TransformersEngine.load(tmp_path, SETTINGS)
@@ -123,7 +123,7 @@ def test_closing_stops_the_model(engine: TransformersEngine) -> None:
                 break
 
     asyncio.run(leave_early())
-    # The pool's two threads are free again, or these would wait for a hundred tokens.
+    # Its place is free again.
     assert run(engine, Generation(prompt=(5,), max_tokens=1, temperature=0.0))[-1].finish_reason == "length"
 
 

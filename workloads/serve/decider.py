@@ -1,0 +1,204 @@
+"""Collects what the replicas report, judges the canary, gives out turns, and writes the channel's status.
+
+There is one of each application. It may be restarted at any moment: what it has decided is in the status, and what
+it has to know the replicas report again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+
+from orchestrator.errors import HeadwayError, IntegrityError
+from orchestrator.release import channels
+from orchestrator.release.canary_policy import CanaryPolicy, Promote, Reject, Seen, decide
+from orchestrator.release.channels import CanaryStatus, ChannelStatus, ReplicaStatus
+from orchestrator.store import Store
+from workloads.serve.counters import Counts
+from workloads.serve.reports import ReplicaReport, Reply, Trial
+
+logger = logging.getLogger("headway.serve")
+
+_COUNTS_EVERY_S = 10.0
+"""Between two writes of the status in which only a canary's counts differ."""
+
+
+@dataclass(kw_only=True)
+class Decider:
+    """Called by several threads."""
+
+    store: Store
+    model: str
+    channel: str
+    policy: CanaryPolicy
+    expire_s: float
+    """A replica that has not reported for so long is gone."""
+    clock: Callable[[], float] = time.time
+
+    _status: ChannelStatus | None = field(default=None, init=False)
+    _written: ChannelStatus | None = field(default=None, init=False)
+    _reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict, init=False)
+    _holder: str | None = field(default=None, init=False)
+    """The replica whose turn it is."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def report(self, report: ReplicaReport) -> Reply:
+        """Take a report in, and act on all of them. Never raises: the store may be down for a while."""
+        with self._lock:
+            now_s = self.clock()
+            before = self._reports.get(report.replica)
+            self._reports[report.replica] = (now_s, report)
+            self._reports = {
+                name: (time_s, each) for name, (time_s, each) in self._reports.items() if now_s - time_s < self.expire_s
+            }
+            try:
+                self._read()
+                self._take_in(report, None if before is None else before[1])
+                self._judge(now_s)
+                self._describe()
+                self._write(now_s)
+            except HeadwayError as e:
+                logger.warning("The status could not be written: %s", e)
+            return self._turn(report)
+
+    @property
+    def _replicas(self) -> list[ReplicaReport]:
+        return [report for _, (_, report) in sorted(self._reports.items())]
+
+    def _read(self) -> None:
+        """Once: what was decided before this process began stays decided."""
+        if self._status is not None:
+            return
+        try:
+            found = channels.read_status(self.store, self.model, self.channel)
+        except IntegrityError as e:
+            logger.warning("The status is written anew: %s", e)
+            found = None
+        self._status, self._written = found or ChannelStatus(), found
+
+    def _update(self, **changes: object) -> None:
+        assert self._status is not None
+        self._status = self._status.model_copy(update=changes)
+
+    def _take_in(self, report: ReplicaReport, before: ReplicaReport | None) -> None:
+        """What a load came to: a version that does not load on one replica is for none."""
+        assert self._status is not None
+        new = {number: reason for number, reason in report.failures.items() if number not in self._status.rejected}
+        if new:
+            logger.error("Rejected by %s: %s", report.replica, new)
+            self._update(rejected={**self._status.rejected, **new})
+        if report.tried is not None and (before is None or report.tried != before.tried):
+            self._update(tried=report.tried)
+
+    def _judge(self, now_s: float) -> None:
+        assert self._status is not None
+        known, trials = self._status.canary, [report.trial for report in self._replicas if report.trial is not None]
+        if not trials:
+            if known is not None and known.phase == "watched":
+                self._update(canary=_ended(known, self._status.rejected))
+            return
+        entry = max(trial.entry for trial in trials)
+        trials = [trial for trial in trials if trial.entry == entry]
+        version = trials[0].version
+        if entry in self._status.promoted or version in self._status.rejected:
+            return  # the replicas have yet to hear of it
+        is_new = known is None or (known.entry, known.version) != (entry, version)
+        self._apply(_watched(trials, since_s=now_s if known is None or is_new else known.since_s), now_s)
+
+    def _apply(self, canary: CanaryStatus, now_s: float) -> None:
+        assert self._status is not None
+        seen = Seen(age_s=now_s - canary.since_s, stable=canary.stable, canary=canary.canary)
+        verdict = decide(seen, policy=self.policy)
+        if isinstance(verdict, Promote):
+            logger.info("%s@%d has passed: %s", self.model, canary.version, verdict.reason)
+            self._update(promoted={**self._status.promoted, canary.entry: canary.version})
+        if isinstance(verdict, Reject):
+            logger.error("%s@%d is rejected: %s", self.model, canary.version, verdict.reason)
+            self._update(rejected={**self._status.rejected, canary.version: verdict.reason})
+        phase = "passed" if isinstance(verdict, Promote) else "rejected" if isinstance(verdict, Reject) else "watched"
+        self._update(canary=canary.model_copy(update={"phase": phase, "verdict": verdict.reason}))
+
+    def _describe(self) -> None:
+        assert self._status is not None
+        replicas = self._replicas
+        self._update(
+            serving=_agreed([each.serving for each in replicas if each.serving is not None], self._status.serving),
+            replicas=tuple(
+                ReplicaStatus(
+                    id=each.replica,
+                    serving=each.serving,
+                    canary=each.canary,
+                    loading=each.loading,
+                    problem=each.problem,
+                )
+                for each in replicas
+            ),
+            problem=next((each.problem for each in replicas if each.problem is not None), None),
+        )
+
+    def _write(self, now_s: float) -> None:
+        """Only when it says something else than before; counts alone not each time."""
+        assert self._status is not None
+        written = self._written
+        if written is not None:
+            if _without_time(self._status) == _without_time(written):
+                return
+            is_young = now_s - written.updated_s < _COUNTS_EVERY_S
+            if is_young and _without_counts(self._status) == _without_counts(written):
+                return
+        stamped = self._status.model_copy(update={"updated_s": now_s})
+        channels.write_status(self.store, self.model, self.channel, stamped)
+        self._status = self._written = stamped
+
+    def _turn(self, report: ReplicaReport) -> Reply:
+        """One replica at a time, as long as it reports and wants it."""
+        holder = self._reports.get(self._holder or "")
+        if holder is None or not holder[1].wants_turn:
+            self._holder = None
+        others = [each for each in self._replicas if each.replica != report.replica and each.serving is not None]
+        if report.wants_turn and self._holder is None and others:
+            self._holder = report.replica
+        return Reply(has_turn=self._holder == report.replica, num_others=len(others))
+
+
+def _watched(trials: Sequence[Trial], *, since_s: float) -> CanaryStatus:
+    """The counts of all replicas together."""
+    return CanaryStatus(
+        entry=trials[0].entry,
+        version=trials[0].version,
+        weight=trials[0].weight,
+        since_s=since_s,
+        stable=reduce(add, (trial.stable for trial in trials), Counts()).answered(),
+        canary=reduce(add, (trial.canary for trial in trials), Counts()).answered(),
+    )
+
+
+def _ended(canary: CanaryStatus, rejected: dict[int, str]) -> CanaryStatus | None:
+    """A canary that no replica has any more: rejected by a load, or no longer named by the channel."""
+    reason = rejected.get(canary.version)
+    return None if reason is None else canary.model_copy(update={"phase": "rejected", "verdict": reason})
+
+
+def _agreed(serving: Sequence[int], before: int | None) -> int | None:
+    """The version that answers: while the replicas differ, the one before, as long as one of them has it."""
+    if not serving or before in serving:
+        return before
+    return Counter(serving).most_common(1)[0][0]
+
+
+def _without_time(status: ChannelStatus) -> ChannelStatus:
+    return status.model_copy(update={"updated_s": 0.0})
+
+
+def _without_counts(status: ChannelStatus) -> ChannelStatus:
+    canary = status.canary
+    if canary is not None:
+        same = {"stable": channels.Answered(), "canary": channels.Answered()}
+        canary = canary.model_copy(update={**same, "verdict": "" if canary.phase == "watched" else canary.verdict})
+    return _without_time(status).model_copy(update={"canary": canary})
