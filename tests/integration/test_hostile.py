@@ -20,7 +20,7 @@ import pytest
 from orchestrator.store import open_store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.conftest import BUCKET
-from tests.integration.serving import promote, ray_with_serve, serving, wait_for
+from tests.integration.serving import promote, ray_with_serve, replica_pids, serving, wait_for
 from tests.tiny_model import release_version, save_model
 
 MODEL = "hostile-lm"
@@ -65,20 +65,10 @@ def served(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         serve.run(build({"model": MODEL, "store": store.uri, "poll_s": 0.2}), name="hostile", route_prefix="/")
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: serving(url) == 1)
-        found = Served(url=url, pid=replica_pid())
+        (pid,) = replica_pids("hostile")
+        found = Served(url=url, pid=pid)
         found.assert_answers()
         yield found
-
-
-def replica_pid() -> int:
-    from ray.util import state
-
-    (actor,) = [
-        each
-        for each in state.list_actors(filters=[("state", "=", "ALIVE")])
-        if each.class_name.startswith("ServeReplica:hostile:") and "replica" in each.class_name.lower().split(":")[-1]
-    ]
-    return int(actor.pid)
 
 
 @pytest.mark.parametrize(
