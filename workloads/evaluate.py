@@ -32,6 +32,7 @@ _SEED = 0x0E7A1  # of masks and noise in evaluation; the same for every model th
 
 
 MAX_BLOCKS = 4096
+_LEAST_BLOCKS = 32  # as long as there are as many samples: a bootstrap needs some
 
 
 class ModelFiles(BaseModel):
@@ -191,7 +192,7 @@ def summed(
     reader = TokenReader(store, dataset, dataset.eval, sequence_length=spec.data.sequence_length)
     require_samples(reader, at_least=1, what="held-out")
     num_samples = min(reader.num_samples, spec.gate.max_eval_samples or reader.num_samples)
-    rows = spec.train.micro_batch_size
+    rows = max(1, min(spec.train.micro_batch_size, num_samples // _LEAST_BLOCKS))
     with torch.inference_mode():
         for start in range(share * rows, num_samples, rows * num_shares):
             indices = np.arange(start, min(start + rows, num_samples), dtype=np.int64)

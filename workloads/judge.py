@@ -56,6 +56,10 @@ class Judge:
     note: _Note
     """Records an event."""
     say: Callable[[str], None]
+    evaluate_files: Callable[[RunSpec, Store, DatasetManifest, ModelFiles, BaseContext | None], Evaluation] = (
+        evaluate_files
+    )
+    """Evaluates another version, on the cluster."""
 
     def evaluation(self, exported: Export) -> Evaluation:
         """The model's figures, found once.
@@ -100,6 +104,8 @@ class Judge:
     def _comparison(self, version: Version, mine: Blocks) -> Comparison | None:
         """Both models on the same samples; None where the other one cannot take them."""
         unlike = why_not_comparable(self.spec, self.dataset, version)
+        if not mine.losses:
+            unlike = unlike or "this run's evaluation has no losses by blocks"
         if unlike:
             self.say(f"{version.name} is compared by its recorded figures: {unlike}.")
             return None
@@ -110,7 +116,8 @@ class Judge:
             logger.warning("%s could not be evaluated: %s", version.name, e)
             self.say(f"{version.name} is compared by its recorded figures, since it cannot be evaluated: {e.message}")
             return None
-        if not mine.losses or theirs.num_targets != mine.num_targets:
+        if theirs.num_targets != mine.num_targets:
+            self.say(f"{version.name} is compared by its recorded figures: other samples were evaluated then.")
             return None
         num_targets = sum(mine.num_targets)
         found = Comparison(
@@ -140,7 +147,9 @@ class Judge:
             raise IntegrityError(f"{self.store.uri_of(key)} is no headway/comparison/1: {first_fault(e)}.") from e
         files = ModelFiles.of_version(version)
         with own_errors():
-            blocks = evaluate_files(self.spec, self.store, self.dataset, files, self.base).blocks
+            blocks = self.evaluate_files(self.spec, self.store, self.dataset, files, self.base).blocks
+        if not all(math.isfinite(loss) for loss in blocks.losses):
+            raise RunError(f"The losses of {version.name} on these samples are not finite numbers.")
         try:
             found = Compared(version=version.number, blocks=blocks)
             self.store.create_json(key, found.model_dump(mode="json"))
@@ -168,8 +177,9 @@ def read_evaluation(store: Store, run_id: str) -> Evaluation | None:
 
 def version_to_beat(store: Store, release: ReleaseSpec, *, but_for: str) -> Version | None:
     """What the channel has in force, the entries of the run ``but_for`` itself and rejected versions left out."""
-    history = [each for each in channels.history(store, release.model, release.channel) if each.run_id != but_for]
-    now = in_force(history, Verdicts.of(channels.read_status(store, release.model, release.channel)))
+    entries = channels.history(store, release.model, release.channel).entries
+    history = [each for each in entries if each.run_id != but_for]
+    now = in_force(history, Verdicts.of(channels.readable_status(store, release.model, release.channel)))
     return None if now.version is None else read_version(store, release.model, now.version)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,10 +288,10 @@ class Pipeline:
     def _append(self, release: ReleaseSpec, version: int) -> None:
         """Append this run's one entry to the channel: right after what was seen, or look again."""
         while True:
-            entries = channels.history(self.store, release.model, release.channel)
-            if any(entry.run_id == self.identity.run_id for entry in entries):
+            history = channels.history(self.store, release.model, release.channel)
+            if any(entry.run_id == self.identity.run_id for entry in history.entries):
                 return
-            stable, canary = self._wanted(release, version, entries)
+            stable, canary = self._wanted(release, version, history.entries)
             ensure_newest(self.store, self.attempt)
             try:
                 channels.append(
@@ -303,17 +303,17 @@ class Pipeline:
                     by=f"run {self.identity.run_id}",
                     reason="passed the gate",
                     run_id=self.identity.run_id,
-                    after=entries[-1].number if entries else 0,
+                    after=history.last_number,
                 )
                 return
             except AlreadyExists:
                 continue
 
     def _wanted(
-        self, release: ReleaseSpec, version: int, entries: list[channels.ChannelEntry]
+        self, release: ReleaseSpec, version: int, entries: Sequence[channels.ChannelEntry]
     ) -> tuple[int, channels.Canary | None]:
         """What the channel is to serve: the version at once, or beside what is in force."""
-        status = channels.read_status(self.store, release.model, release.channel)
+        status = channels.readable_status(self.store, release.model, release.channel)
         stable = in_force(entries, Verdicts.of(status)).version
         if release.canary is None or stable is None or stable == version:
             return version, None

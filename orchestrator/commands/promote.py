@@ -6,15 +6,17 @@ import getpass
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from orchestrator.commands.context import find_store
+from orchestrator.document import NAME
 from orchestrator.errors import AlreadyExists, IntegrityError, StoreError, UsageError
 from orchestrator.release import channels
 from orchestrator.release.channels import Canary, ChannelEntry
 from orchestrator.release.versions import read_version
 from orchestrator.release.way_back import InForce, Verdicts, in_force, step_back
 from orchestrator.reporter import Reporter, Result
+from orchestrator.spec import MAX_NAME
 from orchestrator.store import Store, layout
 from orchestrator.store.client import caller_arn
 
@@ -40,11 +42,12 @@ def promote(
     if not (number.isascii() and number.isdigit()):
         raise UsageError(f"{name!r} is not MODEL@NUMBER.", next_step=f"See: headway show {model}")
     version, weight = int(number), None if canary is None else share(canary)
+    _require_channel(channel)
     store = find_store(store_uri)
     _require(store, model, version)
 
-    def decide(history: list[ChannelEntry], verdicts: Verdicts) -> tuple[int, Canary | None, str] | None:
-        _require_not_rejected(store, model, channel, version)
+    def decide(history: Sequence[ChannelEntry], verdicts: Verdicts) -> tuple[int, Canary | None, str] | None:
+        _require_not_rejected(model, channel, version, verdicts)
         now = in_force(history, verdicts)
         if weight is None:
             wanted = InForce(version=version)
@@ -77,11 +80,12 @@ def rollback(
     Raises:
         UsageError: there is none to go back to, or it was rejected.
     """
+    _require_channel(channel)
     store = find_store(store_uri)
     if to is not None:
         _require(store, model, to)
 
-    def decide(history: list[ChannelEntry], verdicts: Verdicts) -> tuple[int, Canary | None, str] | None:
+    def decide(history: Sequence[ChannelEntry], verdicts: Verdicts) -> tuple[int, Canary | None, str] | None:
         if not history:
             raise UsageError(
                 f"Nothing was released to {model}'s channel {channel}.", next_step="See: headway list models"
@@ -92,7 +96,7 @@ def rollback(
                 f"There is no version of {model} on {channel} to go back to.",
                 next_step=f"Name one: headway rollback {model} --to N; see: headway show {model}",
             )
-        _require_not_rejected(store, model, channel, version)
+        _require_not_rejected(model, channel, version, verdicts)
         now = in_force(history, verdicts)
         newest = history[-1]
         if now == InForce(version=version) and newest.version == version and newest.canary is None:
@@ -100,7 +104,8 @@ def rollback(
         left = newest.canary.version if newest.canary is not None else newest.version
         return version, None, reason or f"rolled back from {model}@{left}"
 
-    entry = _append(store, model, channel, decide, reporter)
+    # Without --to, what is one step back for a second person who asks at once would be two for both.
+    entry = _append(store, model, channel, decide, reporter, tries=_TRIES if to is not None else 1)
     if entry is None:
         return _result(model, channel, to, None, None), f"{model}@{to} is in force on {channel} already."
     facts = _result(model, channel, entry.version, None, entry)
@@ -138,18 +143,23 @@ def caller() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-_Decide = Callable[[list[ChannelEntry], Verdicts], tuple[int, Canary | None, str] | None]
+_Decide = Callable[[Sequence[ChannelEntry], Verdicts], tuple[int, Canary | None, str] | None]
 
 
-def _append(store: Store, model: str, channel: str, decide: _Decide, reporter: Reporter) -> ChannelEntry | None:
-    """Append what ``decide`` says of the channel, right after the entry that it saw; None where it wants nothing."""
+def _append(
+    store: Store, model: str, channel: str, decide: _Decide, reporter: Reporter, *, tries: int = _TRIES
+) -> ChannelEntry | None:
+    """Append what ``decide`` says of the channel, right after the entry that it saw; None where it wants nothing.
+
+    Args:
+        tries: 1 where what is wanted would mean something else once another entry has come.
+    """
     by = caller()
-    for _ in range(_TRIES):
-        numbers = channels.entry_numbers(store, model, channel)
-        wanted = decide(
-            _readable(store, model, channel, numbers, reporter),
-            Verdicts.of(channels.read_status(store, model, channel)),
-        )
+    for _ in range(tries):
+        history = channels.history(store, model, channel)
+        for message in history.damaged:
+            reporter.say(f"Passed over: {message}")
+        wanted = decide(history.entries, _verdicts(store, model, channel, reporter))
         if wanted is None:
             return None
         version, canary, reason = wanted
@@ -162,24 +172,24 @@ def _append(store: Store, model: str, channel: str, decide: _Decide, reporter: R
                 by=by,
                 reason=reason,
                 canary=canary,
-                after=numbers[-1] if numbers else 0,
+                after=history.last_number,
             )
         except AlreadyExists:  # somebody else was faster: what is right may have changed
             continue
+    found = channels.newest(store, model, channel)
+    said = f"entry {found.number}, {model}@{found.version}, by {found.by}" if found else "another entry"
     raise StoreError(
-        f"{model}'s channel {channel} changed {_TRIES} times in a row.", next_step=f"See who: headway show {model}"
+        f"Nothing was appended: {model}'s channel {channel} changed meanwhile ({said}).",
+        next_step=f"See whether that is what you want: headway show {model}",
     )
 
 
-def _readable(store: Store, model: str, channel: str, numbers: list[int], reporter: Reporter) -> list[ChannelEntry]:
-    """The entries, without those that are damaged: the server passes over them too."""
-    found = []
-    for number in numbers:
-        try:
-            found.append(channels.read_entry(store, model, channel, number))
-        except IntegrityError as e:
-            reporter.say(f"Passed over: {e.message}")
-    return found
+def _verdicts(store: Store, model: str, channel: str, reporter: Reporter) -> Verdicts:
+    try:
+        return Verdicts.of(channels.read_status(store, model, channel))
+    except IntegrityError as e:  # the server writes it anew
+        reporter.say(f"Passed over: {e.message}")
+        return Verdicts()
 
 
 def _require(store: Store, model: str, version: int) -> None:
@@ -188,13 +198,20 @@ def _require(store: Store, model: str, version: int) -> None:
     read_version(store, model, version)  # one that is damaged is told now, and not by the server
 
 
-def _require_not_rejected(store: Store, model: str, channel: str, version: int) -> None:
-    status = channels.read_status(store, model, channel)
-    reason = status.rejected.get(version) if status is not None else None
+def _require_not_rejected(model: str, channel: str, version: int, verdicts: Verdicts) -> None:
+    reason = verdicts.rejected.get(version)
     if reason is not None:
         raise UsageError(
             f"{model}@{version} was rejected by the server of {channel}, and stays so: {reason}",
             next_step="Choose another version, or release the run's checkpoint as a new one.",
+        )
+
+
+def _require_channel(channel: str) -> None:
+    if not re.fullmatch(NAME, channel) or len(channel) > MAX_NAME:
+        raise UsageError(
+            f"--channel {channel!r} is no name of a channel: a-z, 0-9 and dashes, at most {MAX_NAME} characters.",
+            next_step="The one that headway serve follows by itself is production.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,9 @@ _OWN_OPTIONS = {
     "model": "the model's name",
     "channel": "--channel",
     "store": "--store",
+    "store_uri": "--store",
+    "replicas": "--replicas",
+    "route_prefix": "--route-prefix",
     "num_replicas": "--replicas",
     "headway": "Headway itself",
 }
@@ -101,6 +105,13 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as e:
             raise UsageError(f"--set {name}: {value!r} is not a value that YAML can read.") from e
+        try:
+            json.dumps(found[name], allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise UsageError(
+                f"--set {name}: {value!r} is read as {found[name]!r}, which no argument can be.",
+                next_step="Give a finite number, true, false, null, a text in quotes, a list or a mapping.",
+            ) from e
     return found
 
 
@@ -145,7 +156,7 @@ def deploy(
         store_uri=store.uri,
         replicas=replicas,
         route_prefix=route_prefix,
-        **(arguments or {}),
+        arguments=arguments or {},
     )
     endpoint = f"http://{host}:{port}{route_prefix.rstrip('/')}"
     reporter.say(f"Serving {model}@{entry.version} at {endpoint} …")
@@ -155,5 +166,5 @@ def deploy(
         raise TargetError(
             e.message, next_step=f"Is the route {route_prefix} taken? Choose one with --route-prefix."
         ) from e
-    api.wait_until_answering(application["name"], f"{endpoint}/v1/models/{model}", timeout_s=timeout_s)
+    api.wait_until_answering(application["name"], f"{endpoint}/readyz/{model}", timeout_s=timeout_s)
     return endpoint

@@ -56,7 +56,7 @@ def serve_kubernetes(
     changed = apply_service(client, request)
     reporter.say(f"RayService {request.name} {'is on its way' if changed else 'is there already'} …")
     prefix = route_prefix.rstrip("/")
-    wait_until_answering(client, request, path=f"{prefix}/v1/models/{model}", timeout_s=timeout_s, say=reporter.say)
+    wait_until_answering(client, request, path=f"{prefix}/readyz/{model}", timeout_s=timeout_s, say=reporter.say)
     service = f"{request.name}-serve-svc"
     endpoint = f"http://{service}.{settings.namespace}.svc:{SERVE_PORT}{prefix}"
     reach = f"kubectl -n {settings.namespace} port-forward service/{service} {SERVE_PORT}"

@@ -53,20 +53,19 @@ def version_facts(store: Store, model: str, number: int) -> Facts:
 
 
 def _channel(store: Store, model: str, name: str) -> Facts:
-    history, damaged = [], []
-    for number in channels.entry_numbers(store, model, name):
-        try:
-            history.append(channels.read_entry(store, model, name, number))
-        except IntegrityError as e:
-            damaged.append(e.message)
-    status = channels.read_status(store, model, name)
-    now = in_force(history, Verdicts.of(status))
+    history = channels.history(store, model, name)
+    entries, damaged = history.entries, list(history.damaged)
+    try:
+        status = channels.read_status(store, model, name)
+    except IntegrityError as e:
+        status, damaged = None, [*damaged, e.message]
+    now = in_force(entries, Verdicts.of(status))
     return {
-        "wanted": history[-1].version if history else None,
+        "wanted": entries[-1].version if entries else None,
         "in_force": now.version,
         "canary": now.canary.model_dump(mode="json") if now.canary else None,
         "serving": status.serving if status else None,
-        "history": [entry.model_dump(mode="json") for entry in history],
+        "history": [entry.model_dump(mode="json") for entry in entries],
         "damaged": damaged,
         "status": status.model_dump(mode="json") if status else None,
     }
@@ -92,7 +91,7 @@ def _channel_lines(model: str, facts: Facts) -> Facts:
 
 
 def _entry_line(model: str, entry: ChannelEntry) -> Facts:
-    canary = f" + {entry.canary.weight:.0%} {model}@{entry.canary.version}" if entry.canary else ""
+    canary = f" + {100 * entry.canary.weight:.4g}% {model}@{entry.canary.version}" if entry.canary else ""
     return {
         "entry": entry.number,
         "version": f"{model}@{entry.version}{canary}",

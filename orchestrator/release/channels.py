@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -173,14 +174,36 @@ def read_entry(store: Store, model: str, channel: str, number: int) -> ChannelEn
 
 
 def newest(store: Store, model: str, channel: str) -> ChannelEntry | None:
-    """The entry that is in force, or None where nothing was ever released to this channel."""
+    """The newest entry that can be read, or None where nothing was ever released to this channel."""
+    for number in reversed(entry_numbers(store, model, channel)):
+        try:
+            return read_entry(store, model, channel, number)
+        except IntegrityError:
+            continue
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A channel's entries, oldest first. Damaged ones are passed over, as the server does."""
+
+    entries: tuple[ChannelEntry, ...] = ()
+    damaged: tuple[str, ...] = ()
+    """What is wrong with the others."""
+    last_number: int = 0
+    """Of all entries, damaged ones too; the next one follows it."""
+
+
+def history(store: Store, model: str, channel: str) -> History:
+    """All that was ever released to the channel."""
     numbers = entry_numbers(store, model, channel)
-    return read_entry(store, model, channel, numbers[-1]) if numbers else None
-
-
-def history(store: Store, model: str, channel: str) -> list[ChannelEntry]:
-    """All entries, oldest first."""
-    return [read_entry(store, model, channel, number) for number in entry_numbers(store, model, channel)]
+    entries, damaged = [], []
+    for number in numbers:
+        try:
+            entries.append(read_entry(store, model, channel, number))
+        except IntegrityError as e:
+            damaged.append(e.message)
+    return History(entries=tuple(entries), damaged=tuple(damaged), last_number=numbers[-1] if numbers else 0)
 
 
 def read_status(store: Store, model: str, channel: str) -> ChannelStatus | None:
@@ -192,6 +215,14 @@ def read_status(store: Store, model: str, channel: str) -> ChannelStatus | None:
     try:
         return _parse(store, layout.channel_status(model, channel), ChannelStatus, STATUS_FORMAT)
     except NotFound:
+        return None
+
+
+def readable_status(store: Store, model: str, channel: str) -> ChannelStatus | None:
+    """As :func:`read_status`, and None too where it is damaged: the server writes it anew."""
+    try:
+        return read_status(store, model, channel)
+    except IntegrityError:
         return None
 
 

@@ -62,15 +62,15 @@ def ladder(history: Sequence[ChannelEntry], verdicts: Verdicts) -> tuple[int, ..
 def step_back(history: Sequence[ChannelEntry], verdicts: Verdicts) -> int | None:
     """The version that undoes the newest entry; None where there is none to go back to.
 
-    Where that entry brought a canary, or a version that was rejected, the version in force undoes it; otherwise it is
-    the one below on the ladder.
+    Where that entry brought a canary that has not passed, or a version that was rejected, the version in force undoes
+    it, whether or not the server was faster; otherwise it is the one below on the ladder.
     """
     rungs = ladder(history, verdicts)
     if not rungs:
         return None
     newest = history[-1]
-    undecided = in_force(history, verdicts).canary is not None
-    if undecided or _steps(newest, verdicts)[-1] in verdicts.rejected:
+    brought_canary = newest.canary is not None and newest.number not in verdicts.promoted
+    if brought_canary or _steps(newest, verdicts)[-1] in verdicts.rejected:
         return rungs[-1]
     return rungs[-2] if len(rungs) > 1 else None
 

@@ -26,6 +26,13 @@ _IMPORT_PATH = "workloads.serve.app:build"
 _MAX_NAME = 47
 """KubeRay's own limit: 53 for a RayCluster, less the 6 characters that tell its clusters apart."""
 _DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # RFC 1035
+_OF_THE_POOL = {
+    "num_cpus": "a replica has a pod to itself",
+    "num_gpus": "a replica has all GPUs of its pod, as the pool serve_pool says",
+    "min_replicas": "the service has as many pods as --replicas says",
+    "max_replicas": "the service has as many pods as --replicas says",
+}
+"""Arguments that follow from the pods, and why."""
 _GRACE_S = 60
 """For requests that are being answered. ``ray start`` drains for half of that by itself."""
 
@@ -58,18 +65,24 @@ def application_name(model: str, channel: str) -> str:
 
 
 def serve_application(
-    *, model: str, channel: str, store_uri: str, replicas: int, route_prefix: str, **settings: Any
+    *,
+    model: str,
+    channel: str,
+    store_uri: str,
+    replicas: int,
+    route_prefix: str,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """One model as an application of Ray Serve.
 
     Args:
-        settings: more of the application's arguments (``workloads.serve.settings.ServeSettings``).
+        arguments: more of the application's (``workloads.serve.settings.ServeSettings``).
     """
     return {
         "name": application_name(model, channel),
         "route_prefix": route_prefix,
         "import_path": _IMPORT_PATH,
-        "args": {"model": model, "channel": channel, "store": store_uri, "num_replicas": replicas, **settings},
+        "args": {"model": model, "channel": channel, "store": store_uri, "num_replicas": replicas, **(arguments or {})},
     }
 
 
@@ -99,6 +112,8 @@ def ray_service(
             f"--replicas {replicas} needs as many pods of pool {settings.serve_pool}; its max_pods is {pool.max_pods}.",
             next_step=f"Ask for at most {pool.max_pods}, or raise max_pods in target.yaml.",
         )
+    for name in _OF_THE_POOL.keys() & (arguments or {}).keys():
+        raise SpecError(f"--set {name} is not for Kubernetes: {_OF_THE_POOL[name]}.")
     if (arguments or {}).get("engine") == "vllm":
         raise SpecError(
             "--set engine=vllm is not for Kubernetes: each pod of the service is laid out for one replica.",
@@ -111,14 +126,14 @@ def ray_service(
         store_uri=store_uri,
         replicas=replicas,
         route_prefix=route_prefix,
-        headway=version,
-        **{
+        arguments={
+            "headway": version,
             # Torch would count the node's cores, not the pod's.
             "num_threads": _whole_cpus(settings),
-            **(arguments or {}),
             # All of its pod, so that Ray never puts two replicas into one.
             "num_cpus": 1,
             "num_gpus": pool.gpus_per_pod,
+            **(arguments or {}),
         },
     )
     serve_config = {

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
+import botocore.parsers
 import urllib3.exceptions
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
@@ -200,7 +201,12 @@ def caller_arn() -> str | None:
         if not _is_amazon(s3.meta.endpoint_url) and _is_amazon(sts.meta.endpoint_url):
             return None
         return str(sts.get_caller_identity()["Arn"])
-    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as e:
+    except (
+        botocore.exceptions.BotoCoreError,
+        botocore.exceptions.ClientError,
+        botocore.parsers.ResponseParserError,  # what answers there is no STS
+        KeyError,
+    ) as e:
         raise StoreError(f"STS does not say whose credentials these are: {e}.") from e
 
 

@@ -42,7 +42,7 @@ def run(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def wanted(store: Store) -> list[tuple[int, int | None]]:
     """Version and canary of each entry."""
-    entries = channels.history(store, MODEL, CHANNEL)
+    entries = channels.history(store, MODEL, CHANNEL).entries
     return [(entry.version, entry.canary.version if entry.canary else None) for entry in entries]
 
 
@@ -62,7 +62,7 @@ def test_promote_and_roll_back(run: Cli, store: Store) -> None:
     run("rollback", MODEL).assert_refused(2, "no version of lm on production to go back to").assert_next_step("--to N")
     assert run("rollback", MODEL, "--to", "4", "--json").assert_done().json["changed"]
     assert wanted(store) == [(1, None), (2, None), (3, None), (2, None), (1, None), (4, None)]
-    assert channels.history(store, MODEL, CHANNEL)[3].reason == "rolled back from lm@3"
+    assert channels.history(store, MODEL, CHANNEL).entries[3].reason == "rolled back from lm@3"
 
 
 def test_a_canary_is_beside_what_serves(run: Cli, store: Store) -> None:
@@ -99,11 +99,38 @@ def test_a_rejected_version_stays_rejected(run: Cli, store: Store) -> None:
         (["rollback", "lm"], "Nothing was released to lm's channel production"),
         (["rollback", "lm", "--to", "9"], "no version lm@9"),
         (["promote", "lm@1", "--canary", "100%"], "--canary '100%' is no share"),
+        (["promote", "lm@1", "--channel", "a/b"], "--channel 'a/b' is no name of a channel"),
+        (["rollback", "lm", "--channel", ""], "--channel '' is no name of a channel"),
     ],
 )
 def test_what_cannot_be(run: Cli, store: Store, command: list[str], words: str) -> None:
     run(*command).assert_refused(2, words)
     assert wanted(store) == []
+
+
+def test_two_who_roll_back_at_once_go_back_once(run: Cli, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2, 3):
+        run("promote", f"{MODEL}@{number}").assert_done()
+    faster = channels.append
+
+    def slower(*arguments: object, **more: object) -> channels.ChannelEntry:
+        """Another person's rollback comes between this one's look and its entry."""
+        monkeypatch.setattr(channels, "append", faster)
+        faster(store, MODEL, CHANNEL, version=2, by="another", reason="rolled back from lm@3")
+        return faster(*arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(channels, "append", slower)
+    said = run("rollback", MODEL)
+    said.assert_refused(4, "Nothing was appended", "entry 4, lm@2, by another").assert_next_step("headway show lm")
+    assert wanted(store)[-1] == (2, None)
+
+
+def test_a_damaged_status_is_passed_over(run: Cli, store: Store) -> None:
+    for number in (1, 2):
+        run("promote", f"{MODEL}@{number}").assert_done()
+    store.put_status(layout.channel_status(MODEL, CHANNEL), {"format": "nothing"})
+    assert "Passed over" in run("rollback", MODEL).assert_done().err
+    assert len(run("show", MODEL, "--json").assert_done().json["channels"][CHANNEL]["damaged"]) == 1
 
 
 def test_a_damaged_entry_is_passed_over(run: Cli, store: Store) -> None:

@@ -122,10 +122,13 @@ class Answer(ABC):
             wanted, self._num_prompt_tokens = await self.generations()
             for index, text in (await self.given(wanted)).items():
                 yield index, Piece(text=text, num_tokens=0)
+            before: dict[int, int] = {}  # tokens of each sequence: a piece may bring several
             async with contextlib.aclosing(merged(self.engine, wanted, self.deadline_s)) as pieces:
                 async for index, piece in pieces:
-                    self._num_completion_tokens += 1
-                    counter.token()
+                    num_new = piece.num_tokens - before.get(index, 0)
+                    before[index] = piece.num_tokens
+                    self._num_completion_tokens += num_new
+                    counter.add_tokens(num_new)
                     yield index, piece
 
     def _usage(self) -> dict[str, int]:

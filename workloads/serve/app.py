@@ -57,6 +57,11 @@ async def _models(request: Request) -> Response:
 
 async def _model(request: Request) -> Response:
     _require_key(request)
+    return await _ready(request)
+
+
+async def _ready(request: Request) -> Response:
+    """For those who wait until the model answers, and have no key."""
     wanted, loaded = request.path_params["model"], _replica().loaded()
     if wanted != loaded.version.model:
         message = f"The model `{wanted[:100]}` does not exist."
@@ -103,6 +108,7 @@ api = Starlette(
         Route("/v1/models", _models),
         Route("/v1/models/{model}", _model),
         Route("/healthz", _healthz),
+        Route("/readyz/{model}", _ready),
         Route("/metrics", _metrics),
     ],
     exception_handlers={ApiError: _api_error, HTTPException: _http_error},

@@ -145,11 +145,11 @@ class Request:
     num_tokens: int = 0
     first_token_s: float | None = None
 
-    def token(self) -> None:
-        """One more was generated."""
+    def add_tokens(self, num_tokens: int) -> None:
+        """So many more were generated."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic() - self.begun_s
-        self.num_tokens += 1
+        self.num_tokens += num_tokens
 
 
 class _Buckets:

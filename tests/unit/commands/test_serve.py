@@ -21,6 +21,10 @@ def test_settings_have_yamls_values() -> None:
         ("num_replicas=3", "--replicas says it"),
         ("channel=x", "--channel says it"),
         ("max_batch=[1", "is not a value that YAML can read"),
+        ("replicas=2", "--replicas says it"),
+        ("route_prefix=/x", "--route-prefix says it"),
+        ("poll_s=2026-01-01", "is read as datetime.date"),
+        ("poll_s=.inf", "is read as inf"),
     ],
 )
 def test_settings_that_are_refused(text: str, words: str) -> None:

@@ -30,7 +30,7 @@ def test_the_newest_entry_is_in_force(store: MemoryStore) -> None:
     back = append(store, 1)
     assert [entry.number for entry in (first, second, back)] == [1, 2, 3]
     assert channels.newest(store, "lm", "production") == back
-    assert channels.history(store, "lm", "production") == [first, second, back]
+    assert channels.history(store, "lm", "production").entries == (first, second, back)
     assert channels.newest(store, "lm", "staging") is None
 
 
@@ -39,7 +39,7 @@ def test_an_entry_names_a_version_that_exists(store: MemoryStore) -> None:
         append(store, 7)
     with pytest.raises(UsageError, match="no version lm@7"):
         append(store, 1, canary=Canary(version=7, weight=0.5))
-    assert channels.history(store, "lm", "production") == []
+    assert channels.history(store, "lm", "production") == channels.History()
 
 
 def test_racing_appends_all_get_a_number(store: MemoryStore) -> None:
@@ -62,14 +62,26 @@ def test_a_status_is_no_entry(store: MemoryStore) -> None:
 
 
 @pytest.mark.parametrize("data", [b"x", b"[1]", b"{}", b'{"number": 1, "version": 0}'])
-def test_what_is_not_an_entry_is_refused(store: MemoryStore, data: bytes) -> None:
+def test_what_is_not_an_entry_is_refused_and_passed_over(store: MemoryStore, data: bytes) -> None:
     store.upload(layout.channel_entry("lm", "production", 1), data)
     with pytest.raises(IntegrityError, match=r"channels/production/00001\.json"):
-        channels.newest(store, "lm", "production")
+        channels.read_entry(store, "lm", "production", 1)
+    assert channels.newest(store, "lm", "production") is None
+    found = channels.history(store, "lm", "production")
+    assert (found.entries, len(found.damaged), found.last_number) == ((), 1, 1)
 
 
-def test_an_entry_under_another_number_is_refused(store: MemoryStore) -> None:
-    append(store, 1)
+def test_an_entry_under_another_number_is_refused_and_passed_over(store: MemoryStore) -> None:
+    first = append(store, 1)
     store.upload(layout.channel_entry("lm", "production", 2), store.get(layout.channel_entry("lm", "production", 1)))
     with pytest.raises(IntegrityError, match="says that it is entry 1"):
-        channels.newest(store, "lm", "production")
+        channels.read_entry(store, "lm", "production", 2)
+    assert channels.newest(store, "lm", "production") == first
+    assert append(store, 2).number == 3
+
+
+def test_a_damaged_status_is_passed_over_by_those_who_only_ask(store: MemoryStore) -> None:
+    store.put_status(layout.channel_status("lm", "production"), {"format": "nothing"})
+    with pytest.raises(IntegrityError):
+        channels.read_status(store, "lm", "production")
+    assert channels.readable_status(store, "lm", "production") is None

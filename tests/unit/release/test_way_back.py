@@ -52,8 +52,10 @@ def history(*versions: int | tuple[int, int]) -> list[ChannelEntry]:
         ([1, 2, (2, 3)], NONE, (1, 2), 2),
         ([1, (1, 2)], Verdicts(promoted={2: 2}), (1, 2), 1),
         ([1, (1, 2), (2, 3)], Verdicts(promoted={2: 2, 3: 3}), (1, 2, 3), 2),
-        ([1, (1, 2)], rejecting(2), (1,), None),
-        ([1, 2, (2, 3)], rejecting(3), (1, 2), 1),
+        # So is one that the server rejected a moment before.
+        ([1, (1, 2)], rejecting(2), (1,), 1),
+        ([1, 2, (2, 3)], rejecting(3), (1, 2), 2),
+        ([1, 2, (2, 3), 2], rejecting(3), (1, 2), 1),
         # Promoted, and rejected all the same later on.
         ([1, (1, 2)], Verdicts(promoted={2: 2}, rejected={2: WHY}), (1,), 1),
     ],

@@ -202,11 +202,17 @@ def test_serving_pods_get_the_secrets_that_are_theirs():
         assert "hub" not in names
 
 
-def test_more_arguments_cannot_take_what_pods_decide():
-    request = rendered(arguments={"max_batch": 8, "num_threads": 2, "num_cpus": 4})
+def test_more_arguments_of_the_application():
+    request = rendered(arguments={"max_batch": 8, "num_threads": 2})
     (application,) = json.loads(request.manifest["spec"]["serveConfigV2"])["applications"]
     arguments = application["args"]
     assert (arguments["max_batch"], arguments["num_threads"], arguments["num_cpus"]) == (8, 2, 1)
+
+
+@pytest.mark.parametrize("name", ["num_cpus", "num_gpus", "min_replicas", "max_replicas"])
+def test_what_pods_decide_is_no_argument(name):
+    with pytest.raises(SpecError, match=f"--set {name} is not for Kubernetes"):
+        rendered(arguments={name: 1})
 
 
 def test_vllm_is_refused_where_it_has_no_place():

@@ -10,7 +10,7 @@ def test_requests_are_counted_by_how_they_end() -> None:
     counter = Counter()
     with counter.request() as request:
         for _ in range(3):
-            request.token()
+            request.add_tokens(1)
     for error in (ApiError(500, ""), ApiError(504, ""), ApiError(400, ""), ApiError(429, ""), GeneratorExit()):
         with pytest.raises(type(error)), counter.request():
             raise error

@@ -19,8 +19,8 @@ def samples(text: bytes) -> dict[tuple[str, str, str], float]:
 def test_what_was_counted_is_exposed() -> None:
     old, new, gone = Counter(), Counter(), Counter()
     with old.request() as request:
-        request.token()
-        request.token()
+        request.add_tokens(1)
+        request.add_tokens(1)
     engine = ScriptedEngine()
     engine.num_sequences = 3
     serving = Serving(

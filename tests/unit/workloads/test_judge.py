@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +132,18 @@ def test_a_damaged_comparison_falls_back_and_says_so(memory_store: MemoryStore) 
     said: list[str] = []
     judge(memory_store, said, []).decide(evaluation(*[2.5] * 20))
     assert "recorded figures, since it cannot be evaluated" in said[0]
+
+
+def test_a_rival_that_is_no_number_is_compared_by_its_record(memory_store: MemoryStore) -> None:
+    released(memory_store)
+    broken = Evaluation(figures={}, blocks=Blocks(losses=(math.nan,) * 20, num_targets=(1,) * 20))
+    said: list[str] = []
+    judging = replace(judge(memory_store, said, []), evaluate_files=lambda *_: broken)
+    decision, serving = judging.decide(evaluation(*[2.5] * 20))
+    assert decision.passed
+    assert "not finite numbers" in said[0]
+    assert serving is not None
+    assert serving.comparison is None
 
 
 def test_a_store_that_is_down_decides_nothing(memory_store: MemoryStore) -> None:

@@ -55,7 +55,7 @@ def test_an_entry_follows_what_was_seen_or_is_not_made(memory_store: MemoryStore
         channels.append(memory_store, "lm", "production", version=number, by="late", reason="", after=0)
     entry = channels.append(memory_store, "lm", "production", version=number, by="seen", reason="", after=1)
     assert entry.number == 2
-    assert [e.by for e in channels.history(memory_store, "lm", "production")] == ["test", "seen"]
+    assert [e.by for e in channels.history(memory_store, "lm", "production").entries] == ["test", "seen"]
 
 
 def test_a_tasks_own_error_comes_out_of_rays() -> None:
