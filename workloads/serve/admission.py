@@ -22,6 +22,8 @@ class EngineSettings:
     max_batch_tokens: int | None = None
     """Tokens whose keys and values a batch may come to hold: its sequences times the longest one's prompt and
     completion together. None derives it from the free memory (:mod:`workloads.serve.batching_memory`)."""
+    default_max_tokens: int = 4096
+    """The most tokens of a chat's answer whose request sets no limit: a row reserves all that it may come to take."""
     max_queued: int = 64
     """Sequences that wait for their turn; those beyond are refused."""
     num_threads: int = max(1, len(os.sched_getaffinity(0)) // 2)

@@ -19,9 +19,9 @@ from starlette.routing import Route
 
 from orchestrator import __version__
 from orchestrator.errors import UsageError
+from orchestrator.release.versions import Version
 from workloads.serve import http, metrics, openai_api
 from workloads.serve.decider_actor import DeciderActor
-from workloads.serve.loaded import Loaded
 from workloads.serve.openai_api import ApiError
 from workloads.serve.replica import DEPLOYMENT, Replica
 from workloads.serve.settings import ServeSettings
@@ -51,8 +51,8 @@ async def _classify(request: Request) -> Response:
 
 async def _models(request: Request) -> Response:
     _require_key(request)
-    loaded = _replica().follower.serving.stable
-    return JSONResponse({"object": "list", "data": [] if loaded is None else [_model_document(loaded)]})
+    version = _replica().follower.version
+    return JSONResponse({"object": "list", "data": [] if version is None else [_model_document(version)]})
 
 
 async def _model(request: Request) -> Response:
@@ -62,11 +62,11 @@ async def _model(request: Request) -> Response:
 
 async def _ready(request: Request) -> Response:
     """For those who wait until the model answers, and have no key."""
-    wanted, loaded = request.path_params["model"], _replica().loaded()
-    if wanted != loaded.version.model:
+    wanted, version = request.path_params["model"], _replica().version()
+    if wanted != version.model:
         message = f"The model `{wanted[:100]}` does not exist."
         raise ApiError(404, message, param="model", code="model_not_found")
-    return JSONResponse(_model_document(loaded))
+    return JSONResponse(_model_document(version))
 
 
 async def _healthz(request: Request) -> Response:
@@ -115,8 +115,8 @@ api = Starlette(
 )
 
 
-def _model_document(loaded: Loaded) -> dict[str, Any]:
-    return openai_api.model_document(loaded.version.model, created_s=loaded.version.created_s)
+def _model_document(version: Version) -> dict[str, Any]:
+    return openai_api.model_document(version.model, created_s=version.created_s)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

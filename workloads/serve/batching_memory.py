@@ -7,13 +7,27 @@ from typing import Any
 
 import torch
 
+from orchestrator.errors import EnvironmentUnusable
+
+MIN_BATCH_TOKENS = 1024
 _SHARE = 0.5  # of what is available: prompts on their way, growing, and a next version that loads beside take theirs
 
 
 def default_batch_tokens(available_bytes: int, *, bytes_per_token: int, max_batch: int, context_tokens: int) -> int:
     """Half of the available memory over the bytes of one token's keys and values, and no more than all rows of the
-    batch can use at full length. Pure."""
-    return max(1, min(max_batch * context_tokens, int(_SHARE * available_bytes) // bytes_per_token))
+    batch can use at full length. Pure.
+
+    Raises:
+        EnvironmentUnusable: they are fewer than a context, and than :data:`MIN_BATCH_TOKENS`.
+    """
+    found, least = int(_SHARE * available_bytes) // bytes_per_token, min(context_tokens, MIN_BATCH_TOKENS)
+    if found < least:
+        raise EnvironmentUnusable(
+            f"{available_bytes / 2**20:,.0f} MiB of memory are free, half of which holds the keys and values of "
+            f"{found:,} tokens at {bytes_per_token:,} bytes each; {least:,} are the least.",
+            next_step="Free memory, or set max_batch_tokens.",
+        )
+    return min(max_batch * context_tokens, found)
 
 
 def available_bytes(device: Any) -> int:

@@ -37,9 +37,10 @@ class _Chat(Answer):
     async def generations(self) -> tuple[list[Generation], int]:
         engine, request = self.engine, self.request
         prompt = await engine.encode_chat([message.for_template() for message in request.messages])
-        max_tokens = openai_api.room_for(
+        room = openai_api.room_for(
             request.token_limit, len(prompt), context_tokens=engine.context_tokens, param="messages"
         )
+        max_tokens = request.token_limit or min(engine.default_max_tokens, room)
         wanted = [
             openai_api.generation(
                 request, prompt, max_tokens=max_tokens, number=number, end_tokens=engine.turn_end_tokens

@@ -46,6 +46,12 @@ class Decider:
     _reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict, init=False)
     _holder: str | None = field(default=None, init=False)
     """The replica whose turn it is."""
+    _answering: set[int] = field(default_factory=set, init=False)
+    """Versions that a replica has served: where another cannot load them, it is not for the version's sake."""
+    _begun_s: float = field(default=0.0, init=False)
+    """When this process first heard of a replica."""
+    _has_judged: bool = field(default=False, init=False)
+    """Whether this process has heard of a canary."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def report(self, report: ReplicaReport) -> Reply:
@@ -53,12 +59,14 @@ class Decider:
         with self._lock:
             now_s = self.clock()
             before = self._reports.get(report.replica)
+            if before is not None and report.sequence < before[1].sequence:
+                return self._turn(before[1])  # a newer one has overtaken it
             self._reports[report.replica] = (now_s, report)
             self._reports = {
                 name: (time_s, each) for name, (time_s, each) in self._reports.items() if now_s - time_s < self.expire_s
             }
             try:
-                self._read()
+                self._read(now_s)
                 self._take_in(report, None if before is None else before[1])
                 self._judge(now_s)
                 self._describe()
@@ -71,7 +79,7 @@ class Decider:
     def _replicas(self) -> list[ReplicaReport]:
         return [report for _, (_, report) in sorted(self._reports.items())]
 
-    def _read(self) -> None:
+    def _read(self, now_s: float) -> None:
         """Once: what was decided before this process began stays decided."""
         if self._status is not None:
             return
@@ -80,16 +88,21 @@ class Decider:
         except IntegrityError as e:
             logger.warning("The status is written anew: %s", e)
             found = None
-        self._status, self._written = found or ChannelStatus(), found
+        self._status, self._written, self._begun_s = found or ChannelStatus(), found, now_s
+        for each in self._status.replicas:
+            self._answering.update(_answers(each))
 
     def _update(self, **changes: object) -> None:
         assert self._status is not None
         self._status = self._status.model_copy(update=changes)
 
     def _take_in(self, report: ReplicaReport, before: ReplicaReport | None) -> None:
-        """What a load came to: a version that does not load on one replica is for none."""
+        """What a load came to: a version that does not load on one replica is for none, unless it has answered on
+        some. Then it is the replica's problem, which its report names."""
         assert self._status is not None
-        new = {number: reason for number, reason in report.failures.items() if number not in self._status.rejected}
+        self._answering.update(_answers(report))
+        known = self._status.rejected.keys() | self._answering
+        new = {number: reason for number, reason in report.failures.items() if number not in known}
         if new:
             logger.error("Rejected by %s: %s", report.replica, new)
             self._update(rejected={**self._status.rejected, **new})
@@ -100,9 +113,12 @@ class Decider:
         assert self._status is not None
         known, trials = self._status.canary, [report.trial for report in self._replicas if report.trial is not None]
         if not trials:
-            if known is not None and known.phase == "watched":
+            # After a restart, the replicas that have it may not have reported yet.
+            is_over = self._has_judged or now_s - self._begun_s >= self.expire_s
+            if known is not None and known.phase == "watched" and (is_over or known.version in self._status.rejected):
                 self._update(canary=_ended(known, self._status.rejected))
             return
+        self._has_judged = True
         entry = max(trial.entry for trial in trials)
         trials = [trial for trial in trials if trial.entry == entry]
         version = trials[0].version
@@ -187,9 +203,13 @@ def _ended(canary: CanaryStatus, rejected: dict[int, str]) -> CanaryStatus | Non
 
 def _agreed(serving: Sequence[int], before: int | None) -> int | None:
     """The version that answers: while the replicas differ, the one before, as long as one of them has it."""
-    if not serving or before in serving:
+    if before in serving:
         return before
-    return Counter(serving).most_common(1)[0][0]
+    return Counter(serving).most_common(1)[0][0] if serving else None
+
+
+def _answers(replica: ReplicaReport | ReplicaStatus) -> set[int]:
+    return {number for number in (replica.serving, replica.canary) if number is not None}
 
 
 def _without_time(status: ChannelStatus) -> ChannelStatus:

@@ -14,25 +14,38 @@ Endpoint = Callable[[bytes, Loaded, float | None], Awaitable[Response]]
 """Answers a body with a version, until a deadline by the event loop's clock. Raises :class:`ApiError`."""
 
 
-async def dispatch(endpoint: Endpoint, body: bytes, serving: Serving, *, key: str, deadline_s: float) -> Response:
-    """
+def choose(serving: Serving, *, key: str) -> list[Loaded]:
+    """The version that is to answer, and behind a canary the stable one, which answers where the canary fails.
+
     Args:
         key: what the request is told apart by (:func:`workloads.serve.route.share_key`).
-
-    Raises:
-        ApiError: as the stable version says it.
     """
     stable, canary = serving.stable, serving.canary
     assert stable is not None
     if canary is None or not takes_canary(key, version=canary.version.number, weight=serving.weight):
-        return await endpoint(body, stable, deadline_s)
+        return [stable]
+    return [canary, stable]
+
+
+async def dispatch(endpoint: Endpoint, body: bytes, chosen: list[Loaded], *, deadline_s: float) -> Response:
+    """
+    Args:
+        chosen: by :func:`choose`. They are taken out of it as they are asked, so that nothing but the answer itself
+            keeps a version in memory.
+
+    Raises:
+        ApiError: as the stable version says it; a canary's 504 too, since there is no time left for another.
+    """
+    if len(chosen) == 1:
+        return await endpoint(body, chosen.pop(), deadline_s)
+    counter = chosen[0].counter
     try:
-        return await endpoint(body, canary, deadline_s)
+        return await endpoint(body, chosen.pop(0), deadline_s)
     except ApiError as e:
         if e.status == 504:
-            raise  # there is no time left for another
+            raise
         refused = e.status < 500 and e.status != 429
-    response = await endpoint(body, stable, deadline_s)
+    response = await endpoint(body, chosen.pop(), deadline_s)
     if refused:
-        canary.counter.add_failure()  # of what the stable version takes
+        counter.add_failure()  # of what the stable version takes
     return response

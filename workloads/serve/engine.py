@@ -40,6 +40,8 @@ class Engine(Protocol):
 
     context_tokens: int
     """The most tokens that a prompt and its completion may have together."""
+    default_max_tokens: int
+    """The most tokens of a chat's answer whose request sets no limit."""
     vocab_size: int
     turn_end_tokens: tuple[int, ...]
     """Tokens that end the assistant's turn of a chat, beside those that the model's config names."""

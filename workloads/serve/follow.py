@@ -11,6 +11,7 @@ from threading import Event
 from orchestrator.errors import HeadwayError, IntegrityError
 from orchestrator.release import channels
 from orchestrator.release.channels import ChannelEntry, ChannelStatus
+from orchestrator.release.versions import Version
 from orchestrator.release.wanted import Wanted, wanted
 from workloads.serve.counters import Counter, Counts
 from workloads.serve.loaded import Loaded, Serving
@@ -25,8 +26,9 @@ class Follower:
     """One replica's view of its channel. :meth:`step` runs in one thread; others may read :attr:`serving`.
 
     What it serves is a function of the channel's entries and of what the status says was rejected or promoted, so
-    that all replicas come to the same, and come to it again after a restart. A version that is swapped out is freed
-    when the last request that holds it ends.
+    that all replicas come to the same, and come to it again after a restart. What does not load here alone moves it to
+    no other version: it keeps the one that serves until the decider has said whether the version is at fault. A
+    version that is swapped out is freed when the last request that holds it ends.
     """
 
     channel: str
@@ -41,6 +43,9 @@ class Follower:
     _entries: dict[int, ChannelEntry] = field(default_factory=dict, init=False)
     _trial: _Trial | None = field(default=None, init=False)
     _let_go: weakref.ref[Loaded] | None = field(default=None, init=False)
+    _let_go_version: Version | None = field(default=None, init=False)
+    _damaged: set[str] = field(default_factory=set, init=False)
+    """What was warned of."""
     _has_garbage: bool = field(default=False, init=False)
     _retry_wait_s: float = field(default=0.0, init=False)
     _retry_at_s: float = field(default=0.0, init=False)
@@ -81,8 +86,16 @@ class Follower:
 
     @property
     def rejected(self) -> dict[int, str]:
-        """Versions that do not answer though an entry may name them: by the decider, or by a load here."""
+        """Versions that do not answer here though an entry may name them: by the decider, or by a load here."""
         return {**self.loads.failures, **self._status.rejected}
+
+    @property
+    def version(self) -> Version | None:
+        """The stable version that answers; while this replica reloads, the one that it answered with before."""
+        serving = self.serving
+        if serving.stable is not None:
+            return serving.stable.version
+        return self._let_go_version if serving.draining else None
 
     def report(self, replica: str) -> ReplicaReport:
         """This replica as it is now. May be called in another thread."""
@@ -102,21 +115,25 @@ class Follower:
         try:
             found = channels.read_status(self.loads.store, self.loads.model, self.channel)
         except IntegrityError as e:
-            logger.warning("The status is passed over until it is written anew: %s", e)
+            self._warn_once(f"The status is passed over until it is written anew: {e}")
         else:
             self._status = found or ChannelStatus()
 
     def _reconcile(self) -> None:
-        """Load what the channel says, until all of it that loads is serving.
+        """Load what the channel says, and serve it.
 
         Raises:
             EnvironmentUnusable: for now; try again later.
         """
-        while True:
-            numbers = channels.entry_numbers(self.loads.store, self.loads.model, self.channel)
-            aim = wanted(numbers, self._entry, rejected=self.rejected, promoted=self._status.promoted)
-            if aim is None or self._settle(aim):
-                return
+        numbers = channels.entry_numbers(self.loads.store, self.loads.model, self.channel)
+        status = self._status
+        aim = wanted(numbers, self._entry, rejected=status.rejected, promoted=status.promoted)
+        if aim is not None:
+            self._settle(aim)
+        elif self.serving.draining:
+            self._swap(Serving())  # there is nothing to come back to
+        else:
+            self._drop_rejected()
 
     def _entry(self, number: int) -> ChannelEntry | None:
         """An entry, or None where what lies there is not one."""
@@ -124,62 +141,68 @@ class Follower:
             try:
                 self._entries[number] = channels.read_entry(self.loads.store, self.loads.model, self.channel, number)
             except IntegrityError as e:
-                logger.warning("An entry is passed over: %s", e)
+                self._warn_once(f"An entry is passed over: {e}")
                 return None
         return self._entries[number]
 
-    def _settle(self, aim: Wanted) -> bool:
-        """Serve this. False where one of its versions was rejected meanwhile, so that something else is wanted.
+    def _warn_once(self, message: str) -> None:
+        if message not in self._damaged:
+            logger.warning("%s", message)
+        self._damaged.add(message)
 
-        Nothing here may keep hold of a version while another is loaded: its memory may be needed.
-        """
+    def _settle(self, aim: Wanted) -> None:
+        """Serve this. Nothing here may keep hold of a version while another is loaded: its memory may be needed."""
         self._drop_canary(aim)
-        if self.serving.find(aim.stable) is None and not self._add_stable(aim):
-            return False
+        if self.serving.find(aim.stable) is None:
+            self._add_stable(aim)
         if aim.canary is not None and self.serving.find(aim.canary) is None:
             self._swap(Serving(stable=self.serving.find(aim.stable)))
-            if not self._add_canary(aim.canary, aim):
-                return False
+            self._add_canary(aim.canary, aim)
         canary = self.serving.find(aim.canary)
         self._swap(Serving(stable=self.serving.find(aim.stable), canary=canary, weight=aim.weight))
         self._watch(aim)
-        return True
 
     def _drop_canary(self, aim: Wanted) -> None:
         canary = self.serving.canary
         if canary is not None and canary.version.number not in (aim.stable, aim.canary):
             self._swap(Serving(stable=self.serving.stable))
 
-    def _add_stable(self, aim: Wanted) -> bool:
+    def _drop_rejected(self) -> None:
+        """What the decider rejected gets no request, though nothing else may answer for now."""
+        serving, rejected = self.serving, self._status.rejected
+        if serving.stable is not None and serving.stable.version.number in rejected:
+            self._swap(Serving())
+        elif serving.canary is not None and serving.canary.version.number in rejected:
+            self._swap(Serving(stable=serving.stable))
+
+    def _add_stable(self, aim: Wanted) -> None:
         try:
             loaded = self.loads.load(aim.stable, aim.entry, let_go=self._release)
         except NotNow:
-            self._take_back()
+            self._take_back(aim)
+            self._drop_rejected()
             raise
-        if loaded is None:
-            return False
         # The one before goes on beside it where it is the canary now.
         self._swap(Serving(stable=loaded, canary=self.serving.find(aim.canary), weight=aim.weight))
-        return True
 
-    def _add_canary(self, number: int, aim: Wanted) -> bool:
+    def _add_canary(self, number: int, aim: Wanted) -> None:
         loaded = self.loads.load(number, aim.canary_entry or aim.entry, let_go=None)
-        if loaded is None:
-            return False
         self._swap(Serving(stable=self.serving.stable, canary=loaded, weight=aim.weight))
-        return True
 
     def _release(self) -> None:
         """Hold no version, so that each is freed with its last request. Other replicas answer meanwhile."""
         stable = self.serving.stable
-        self._let_go = None if stable is None else weakref.ref(stable)
+        if stable is not None:
+            self._let_go, self._let_go_version = weakref.ref(stable), stable.version
         self._swap(Serving(draining=True))
 
-    def _take_back(self) -> None:
-        """Answer with the version that was let go, where a request has kept it in memory."""
+    def _take_back(self, aim: Wanted) -> None:
+        """Answer with the version that was let go: a request may have kept it in memory, else it is loaded anew."""
+        version = self._let_go_version
+        if not self.serving.draining or version is None or version.number in self._status.rejected:
+            return
         loaded = self._let_go() if self._let_go is not None else None
-        if self.serving.draining and loaded is not None:
-            self._swap(Serving(stable=loaded))
+        self._swap(Serving(stable=loaded or self.loads.load(version.number, aim.entry, let_go=None)))
 
     def _swap(self, serving: Serving) -> None:
         self._has_garbage = self._has_garbage or any(

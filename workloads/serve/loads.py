@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from orchestrator.errors import EnvironmentUnusable, HeadwayError, NotFound
+from orchestrator.errors import EnvironmentUnusable, HeadwayError
 from orchestrator.release.channels import ChannelEntry
 from orchestrator.release.versions import read_version
 from orchestrator.store import Store
 from workloads.serve.counters import Counter
+from workloads.serve.faults import is_lack_of_memory, is_of_the_machine
 from workloads.serve.loaded import Loaded
 from workloads.serve.memory import DoesNotFit, require_fit
 from workloads.serve.models import Fetched, Models
@@ -24,6 +25,8 @@ from workloads.serve.reports import Reply
 logger = logging.getLogger("headway.serve")
 
 MAX_RETRY_S = 60.0
+FAILED_RETRY_S = 600.0
+"""Until what failed by its own fault, or does not fit alone, is tried again: in place, each try costs a reload."""
 _LOOK_S = 0.05  # between two looks whether the last request of a version has ended
 
 
@@ -89,7 +92,8 @@ class Loads:
     tried: int | None = field(default=None, init=False)
     """The version that was loaded last, or whose load failed last."""
     failures: dict[int, str] = field(default_factory=dict, init=False)
-    """Versions that are no models that answer, and why."""
+    """Versions that did not load here by what seems to be their own fault, and why. Whether they are rejected is the
+    decider's to say; until it does, they are tried again after a while."""
     counters: dict[int, Counter] = field(default_factory=dict, init=False)
     """Of all versions that were loaded since this process began."""
     times: SwapTimes | None = field(default=None, init=False)
@@ -97,14 +101,14 @@ class Loads:
     _fetched: Fetched | None = field(default=None, init=False)
     _postponed: dict[int, _Postponed] = field(default_factory=dict, init=False)
 
-    def load(self, number: int, entry: ChannelEntry, *, let_go: Callable[[], None] | None) -> Loaded | None:
-        """A version that has answered once, or None where it is rejected, which is in :attr:`failures`.
+    def load(self, number: int, entry: ChannelEntry, *, let_go: Callable[[], None] | None) -> Loaded:
+        """A version that has answered once.
 
         Args:
             let_go: gives up what is loaded, once it is this replica's turn; None where that must not be.
 
         Raises:
-            NotNow: it is tried again after a while.
+            NotNow: it is tried again after a while. Where the fault is the version's, it is in :attr:`failures` too.
         """
         postponed = self._postponed.get(number)
         if postponed is not None and self.clock() < postponed.until_s:
@@ -115,19 +119,17 @@ class Loads:
         except NotNow:
             raise  # it has its own time
         except Exception as e:  # whatever a foreign file makes transformers raise
-            if isinstance(e, EnvironmentUnusable) and not isinstance(e, NotFound):
-                raise self._postpone(number, str(e)) from e
-            # By name: torch, whose error it is, is not imported here. Where nothing else is held, it never fits.
-            if (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError") and self.num_held:
-                raise self._postpone(number, f"{self.model}@{number} does not fit into memory now: {e}.") from e
-            self._reject(number, e)
-            return None
+            not_now = self._failed(number, e)
+        else:
+            self._postponed.pop(number, None)
+            self._fetched = None
+            self.failures = {key: reason for key, reason in self.failures.items() if key != number}
+            self.tried = number
+            return loaded
         finally:
             self.loading = None
-        self._postponed.pop(number, None)
-        self._fetched = None
-        self.tried = number
-        return loaded
+        gc.collect()  # here no traceback holds the model any more, and it is full of cycles
+        raise not_now
 
     @property
     def num_held(self) -> int:
@@ -207,15 +209,25 @@ class Loads:
                 raise EnvironmentUnusable(f"{name} waits for requests that have been going on for {self.drain_s:g} s.")
             threading.Event().wait(_LOOK_S)
 
-    def _postpone(self, number: int, reason: str) -> NotNow:
+    def _failed(self, number: int, error: Exception) -> NotNow:
+        name = f"{self.model}@{number}"
+        reason = (str(error) if isinstance(error, HeadwayError) else f"{type(error).__name__}: {error}")[:1000]
+        if isinstance(error, HeadwayError) and is_of_the_machine(error):
+            return self._postpone(number, reason)
+        if is_lack_of_memory(error):
+            wait_s = None if self.num_held else FAILED_RETRY_S
+            return self._postpone(number, f"{name} does not fit into memory now: {error}.", wait_s=wait_s)
+        if is_of_the_machine(error):
+            return self._postpone(number, f"This machine failed to load {name}: {reason}")
+        self._fetched = None
+        logger.error("%s does not load: %s", name, reason)
+        self.tried = number
+        self.failures = {**self.failures, number: reason}
+        return self._postpone(number, f"{name} does not load: {reason}", wait_s=FAILED_RETRY_S)
+
+    def _postpone(self, number: int, reason: str, *, wait_s: float | None = None) -> NotNow:
         before = self._postponed.get(number)
-        wait_s = 1.0 if before is None else min(MAX_RETRY_S, 2 * before.wait_s)
+        if wait_s is None:
+            wait_s = 1.0 if before is None else min(MAX_RETRY_S, 2 * before.wait_s)
         self._postponed[number] = _Postponed(reason=reason, wait_s=wait_s, until_s=self.clock() + wait_s)
         return NotNow(reason)
-
-    def _reject(self, number: int, error: Exception) -> None:
-        reason = str(error) if isinstance(error, HeadwayError) else f"{type(error).__name__}: {error}"
-        self._fetched = None
-        logger.error("%s@%d is rejected: %s", self.model, number, reason)
-        self.tried = number
-        self.failures = {**self.failures, number: reason[:1000]}

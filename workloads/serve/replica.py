@@ -15,16 +15,17 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
+from orchestrator.release.versions import Version
 from orchestrator.store import open_store
 from workloads.serve import http
 from workloads.serve.chat import complete_chat
 from workloads.serve.classify import classify
 from workloads.serve.completions import complete
-from workloads.serve.dispatch import Endpoint, dispatch
+from workloads.serve.dispatch import Endpoint, choose, dispatch
 from workloads.serve.follow import Follower
-from workloads.serve.forward import parts, try_forward
+from workloads.serve.forward import forward, parts
 from workloads.serve.keys import ApiKeys
-from workloads.serve.loaded import Loaded, Serving
+from workloads.serve.loaded import Loaded
 from workloads.serve.loads import Loads
 from workloads.serve.models import StoredModels, cache_directory
 from workloads.serve.openai_api import ApiError
@@ -32,11 +33,12 @@ from workloads.serve.reporter import Reporter
 from workloads.serve.reports import ReplicaReport, Reply
 from workloads.serve.route import share_key
 from workloads.serve.settings import ServeSettings
-from workloads.serve.vllm_engine import ServeApplications, VllmModels
+from workloads.serve.vllm_applications import ServeApplications
+from workloads.serve.vllm_engine import VllmModels
 
 DEPLOYMENT = "replica"
 ENDPOINTS: Mapping[str, Endpoint] = {"completions": complete, "chat": complete_chat, "classify": classify}
-_AGAIN_S = 0.02  # between two replicas that are asked to answer in this one's place
+_HOLD_S = 5.0  # the longest that a call stays open which this replica declined
 _ANSWER_S = 10.0
 """How long the decider may take over a report."""
 
@@ -66,15 +68,18 @@ class Replica:
         self.num_forwarded = 0
         replica = context.replica_id.unique_id
         self.reporter = Reporter(report=lambda: self.follower.report(replica), send=self._send)
-        self._models = _models(self.settings, application=context.app_name, owns=context.rank.rank == 0)
+        self._models = _models(self.settings, application=context.app_name)
         self.follower = Follower(
             channel=self.settings.channel, loads=_loads(self.settings, self._models, self.reporter)
         )
+        loops: dict[str, Any] = {"follower": self.follower, "reporter": self.reporter}
+        if isinstance(self._models, VllmModels):
+            loops["applications"] = self._models
         self._threads = [
             threading.Thread(
                 target=each.run, args=(self._stop,), kwargs={"poll_s": self.settings.poll_s}, name=name, daemon=True
             )
-            for name, each in (("follower", self.follower), ("reporter", self.reporter))
+            for name, each in loops.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -99,28 +104,36 @@ class Replica:
         """
         self.keys.require(request.headers.get("authorization", ""))
         body = await http.read_body(request)
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self.settings.request_timeout_s
-        # One state throughout: another may come between any two looks.
-        while (serving := self.follower.serving).draining and (left_s := deadline_s - loop.time()) > 0:
-            response = await try_forward(self._peers(), kind, body, dict(request.headers), left_s=left_s)
+        deadline_s = asyncio.get_running_loop().time() + self.settings.request_timeout_s
+        while (chosen := self._choose(body, request.headers)) is None:
+            response = await forward(
+                self._peers(),
+                kind,
+                body,
+                dict(request.headers),
+                deadline_s=deadline_s,
+                is_needed=lambda: self.follower.serving.draining,
+            )
             if response is not None:
                 self.num_forwarded += 1
                 return response
-            await asyncio.sleep(_AGAIN_S)
-        return await self._answer(serving, kind, body, request.headers, deadline_s)
+        return await dispatch(ENDPOINTS[kind], body, chosen, deadline_s=deadline_s)
 
     async def forwarded(
         self, kind: str, body: bytes, headers: dict[str, str], left_s: float
     ) -> AsyncGenerator[Any, None]:
         """Another replica's request: whether this one answers it, then :func:`workloads.serve.forward.parts`."""
-        serving = self.follower.serving
-        yield not serving.draining
-        if serving.draining:
+        try:
+            chosen = self._choose(body, headers)
+        except ApiError:
+            chosen = None
+        yield chosen is not None
+        if chosen is None:
+            await asyncio.sleep(min(_HOLD_S, left_s))  # until the one that asks has found another
             return
         deadline_s = asyncio.get_running_loop().time() + left_s
         try:
-            response = await self._answer(serving, kind, body, headers, deadline_s)
+            response = await dispatch(ENDPOINTS[kind], body, chosen, deadline_s=deadline_s)
         except ApiError as e:
             response = http.error_response(e)
         async for part in parts(response):
@@ -132,24 +145,30 @@ class Replica:
             self._handle = serve.get_deployment_handle(*self._own)
         return self._handle
 
-    async def _answer(
-        self, serving: Serving, kind: str, body: bytes, headers: Mapping[str, str], deadline_s: float
-    ) -> Response:
-        if serving.stable is None:
-            raise self._nothing()
-        key = share_key(body, headers, otherwise=secrets.token_hex(8)) if serving.canary is not None else ""
-        return await dispatch(ENDPOINTS[kind], body, serving, key=key, deadline_s=deadline_s)
-
-    def loaded(self) -> Loaded:
-        """The stable version.
+    def _choose(self, body: bytes, headers: Mapping[str, str]) -> list[Loaded] | None:
+        """As :func:`workloads.serve.dispatch.choose`; None while other replicas answer for this one.
 
         Raises:
             ApiError: 503, nothing is loaded yet, and why.
         """
-        loaded = self.follower.serving.stable
-        if loaded is None:
+        serving = self.follower.serving  # looked at once: another state may come between any two looks
+        if serving.draining:
+            return None
+        if serving.stable is None:
             raise self._nothing()
-        return loaded
+        key = share_key(body, headers, otherwise=secrets.token_hex(8)) if serving.canary is not None else ""
+        return choose(serving, key=key)
+
+    def version(self) -> Version:
+        """The stable version; while this replica reloads, the one before.
+
+        Raises:
+            ApiError: 503, nothing is loaded yet, and why.
+        """
+        version = self.follower.version
+        if version is None:
+            raise self._nothing()
+        return version
 
     def _nothing(self) -> ApiError:
         message = why_nothing(self.settings.model, self.follower.problem, self.follower.rejected)
@@ -179,7 +198,7 @@ class Replica:
         return Reply.model_validate(answer)
 
 
-def _models(settings: ServeSettings, *, application: str, owns: bool) -> StoredModels:
+def _models(settings: ServeSettings, *, application: str) -> StoredModels:
     common: dict[str, Any] = {
         "store": open_store(settings.store),
         "cache_directory": cache_directory(),
@@ -189,7 +208,13 @@ def _models(settings: ServeSettings, *, application: str, owns: bool) -> StoredM
     if settings.engine == "transformers":
         return StoredModels(**common)
     return VllmModels(
-        **common, application=application, owns=owns, vllm=settings.vllm, applications=ServeApplications()
+        **common,
+        model=settings.model,
+        channel=settings.channel,
+        application=application,
+        owns=lambda: serve.get_replica_context().rank.rank == 0,  # asked each time: Serve hands ranks on
+        vllm=settings.vllm,
+        applications=ServeApplications(),
     )
 
 

@@ -22,6 +22,7 @@ class Reporter:
     """To the decider. Raises whatever Ray raises where it does not answer."""
 
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _sequence: int = field(default=0, init=False)
     _wants_turn: bool = field(default=False, init=False)
     _is_heard: bool = field(default=True, init=False)
 
@@ -55,8 +56,10 @@ class Reporter:
             self.try_send()
 
     def _send(self) -> Reply:
-        with self._lock:  # so that they arrive in their order
+        with self._lock:  # one after the other; what was sent in vain may still arrive after the next
+            self._sequence += 1
             try:
-                return self.send(self.report().model_copy(update={"wants_turn": self._wants_turn}))
+                said = {"sequence": self._sequence, "wants_turn": self._wants_turn}
+                return self.send(self.report().model_copy(update=said))
             except Exception as e:
                 raise EnvironmentUnusable(f"The decider does not answer: {type(e).__name__}: {e}") from e

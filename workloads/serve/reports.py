@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from workloads.serve.counters import Counts
 
@@ -26,13 +28,15 @@ class ReplicaReport(_Frozen):
     """One replica, as it is now."""
 
     replica: str
+    sequence: Annotated[int, Field(ge=0)] = 0
+    """Grows with each report of this replica: they may come out of order."""
     serving: int | None = None
     canary: int | None = None
     loading: int | None = None
     tried: int | None = None
     problem: str | None = None
     failures: dict[int, str] = {}
-    """Versions that do not load, and why."""
+    """Versions that did not load here by what seems to be their own fault, and why."""
     trial: Trial | None = None
     wants_turn: bool = False
     """It asks to reload without a version of its own, or is doing so. False gives the turn back."""

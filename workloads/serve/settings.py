@@ -36,6 +36,8 @@ class ServeSettings(BaseModel):
     """Sequences decoded at once."""
     max_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Sequences of the batch times the longest one's prompt and completion; null derives it from the free memory."""
+    default_max_tokens: Annotated[int, Field(ge=1)] = EngineSettings.default_max_tokens
+    """The longest answer of a chat whose request sets no limit."""
     max_queued: Annotated[int, Field(ge=0)] = EngineSettings.max_queued
     num_threads: Annotated[int, Field(ge=1)] | None = None
     """Of one replica's tensor operations; null takes half of the cores."""
@@ -75,5 +77,9 @@ class ServeSettings(BaseModel):
     def engine_settings(self) -> EngineSettings:
         chosen = {} if self.num_threads is None else {"num_threads": self.num_threads}
         return EngineSettings(
-            max_batch=self.max_batch, max_batch_tokens=self.max_batch_tokens, max_queued=self.max_queued, **chosen
+            max_batch=self.max_batch,
+            max_batch_tokens=self.max_batch_tokens,
+            default_max_tokens=self.default_max_tokens,
+            max_queued=self.max_queued,
+            **chosen,
         )

@@ -28,12 +28,12 @@ class TransformersEngine:
     def __init__(self, model: Any, tokens: Tokens, settings: EngineSettings) -> None:
         """
         Raises:
-            NonFiniteLogits: the model answers NaN.
+            NonFiniteLogits: the model answers NaN. EnvironmentUnusable: what memory is left holds too few tokens.
         """
         self._model, self._tokens = model, tokens
         self._admission = Admission(settings)
         self.turn_end_tokens, self.vocab_size = tokens.turn_end_tokens, tokens.vocab_size
-        self.context_tokens = tokens.context_tokens
+        self.context_tokens, self.default_max_tokens = tokens.context_tokens, settings.default_max_tokens
         # What the directory recommends (a temperature, a penalty) must not change what the request asks for.
         model.generation_config = transformers.GenerationConfig(
             eos_token_id=list(tokens.end_tokens) or None,
@@ -50,7 +50,7 @@ class TransformersEngine:
 
         Raises:
             IntegrityError: weights are missing or of another shape, or there is no tokenizer.
-            NonFiniteLogits: the model answers NaN.
+            NonFiniteLogits: the model answers NaN. EnvironmentUnusable: what memory is left holds too few tokens.
         """
         chat_tokenizer = load_tokenizer(directory)
         model = load_model(directory, "AutoModelForCausalLM", base=base, num_threads=settings.num_threads)

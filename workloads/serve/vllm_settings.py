@@ -17,4 +17,4 @@ class VllmSettings(BaseModel):
     engine_kwargs: dict[str, Any] = Field(default={})
     """vLLM's own arguments, such as ``{max_model_len: 8192, tensor_parallel_size: 2}``."""
     max_start_s: Annotated[float, Field(gt=0.0)] = 1800.0
-    """The longest wait until a version's application runs."""
+    """The longest time until a version's application runs; past it, it is taken away and started anew."""

@@ -23,7 +23,7 @@ FILES = {"config.json": VersionFile(size_bytes=0, sha256="0" * 64)}
 class ScriptedEngine:
     """Generates the words of a text, then raises where the script says so."""
 
-    context_tokens, vocab_size, turn_end_tokens = 100, 256, (3,)
+    context_tokens, default_max_tokens, vocab_size, turn_end_tokens = 100, 4096, 256, (3,)
 
     def __init__(
         self, *words: str, error: Exception | None = None, full: bool = False, has_template: bool = True

@@ -74,6 +74,14 @@ def test_it_may_go_on_to_the_end_of_the_context() -> None:
         assert engine.asked[0].max_tokens == max_tokens
 
 
+def test_an_answer_without_a_limit_has_the_engines() -> None:
+    for fields, max_tokens in (({}, 5), ({"max_tokens": 7}, 7)):
+        engine = ScriptedEngine("a")
+        engine.default_max_tokens = 5
+        answer(engine, **fields)
+        assert engine.asked[0].max_tokens == max_tokens
+
+
 def test_text_may_come_in_parts() -> None:
     engine = ScriptedEngine("a")
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]

@@ -12,7 +12,7 @@ from orchestrator.release.canary_policy import CanaryPolicy
 from orchestrator.release.channels import CanaryStatus, ChannelStatus, ReplicaStatus
 from orchestrator.store import layout
 from tests.unit.fakes import MemoryStore
-from workloads.serve.counters import Counts
+from workloads.serve.counters import Counts, Histogram
 from workloads.serve.decider import Decider
 from workloads.serve.reports import ReplicaReport, Reply, Trial
 
@@ -54,7 +54,11 @@ def world(memory_store: MemoryStore) -> World:
 
 def trial(*, entry: int = 1, version: int = 2, stable: int = 0, canary: int = 0, failed: int = 0) -> Trial:
     return Trial(
-        entry=entry, version=version, weight=0.1, stable=Counts(ok=stable), canary=Counts(ok=canary, failed=failed)
+        entry=entry,
+        version=version,
+        weight=0.1,
+        stable=Counts(ok=stable, per_token=Histogram(buckets=(stable,))),
+        canary=Counts(ok=canary, failed=failed, per_token=Histogram(buckets=(canary,))),
     )
 
 
@@ -74,10 +78,10 @@ def test_the_status_says_what_the_replicas_do(world: World) -> None:
 
 def test_while_replicas_differ_the_version_before_is_named(world: World) -> None:
     seen = []
-    for replica, version in (("a", 1), ("b", 1), ("a", 2), ("b", 2), ("b", 3), ("a", None)):
+    for replica, version in (("a", 1), ("b", 1), ("a", 2), ("b", 2), ("b", 3), ("a", None), ("b", None)):
         world.report(replica, serving=version)
         seen.append(world.status().serving)
-    assert seen == [1, 1, 1, 2, 2, 3]
+    assert seen == [1, 1, 1, 2, 2, 3, None]
 
 
 def test_a_replica_that_no_longer_reports_is_gone(world: World) -> None:
@@ -99,6 +103,25 @@ def test_a_version_that_fails_on_one_replica_is_rejected_for_all(world: World) -
     assert world.status().tried == 2
     world.report("a", serving=1, failures={2: "other words"})
     assert world.status().rejected == {2: "odd weights"}
+
+
+def test_a_version_that_answers_on_one_replica_is_rejected_for_none(world: World) -> None:
+    world.report("a", serving=1, canary=2, trial=trial())
+    world.report("b", failures={1: "odd weights", 2: "odd weights"}, problem="lm@1 does not load: odd weights")
+    assert world.status().rejected == {}
+    assert world.status().problem == "lm@1 does not load: odd weights"
+    world.report("a", serving=3)  # that they did answer is not forgotten
+    world.report("b", serving=3, failures={2: "odd weights"})
+    world.restart()
+    world.report("b", failures={3: "odd weights"})
+    assert world.status().rejected == {}
+
+
+def test_a_report_that_was_overtaken_is_passed_over(world: World) -> None:
+    world.report("b", serving=1)
+    world.report("a", serving=2, sequence=2)
+    assert world.report("a", sequence=1, serving=1, wants_turn=True) == Reply(num_others=1)
+    assert [each.serving for each in world.status().replicas] == [2, 1]
 
 
 def test_a_restart_forgets_no_decision(world: World) -> None:
@@ -194,13 +217,22 @@ def test_a_canary_that_is_withdrawn_is_no_longer_named(world: World) -> None:
     assert world.status().canary is None
 
 
-def test_a_canary_that_another_replica_cannot_load_is_rejected(world: World) -> None:
-    world.report("a", serving=1, canary=2, trial=trial())
-    world.report("b", serving=1, failures={2: "odd weights"})
-    world.report("a", serving=1)
-    canary = world.status().canary
-    assert canary is not None
-    assert (canary.phase, canary.verdict) == ("rejected", "odd weights")
+def test_a_canary_is_watched_on_while_the_replicas_find_a_decider_that_was_restarted(world: World) -> None:
+    world.report("a", serving=1, canary=2, trial=trial(canary=3))
+    before = world.status().canary
+    world.restart()
+    world.report("b", serving=1)
+    assert world.status().canary == before
+    world.now_s += 15.0
+    world.report("a", serving=1, canary=2, trial=trial(canary=4))
+    after = world.status().canary
+    assert after is not None
+    assert (after.phase, after.since_s, after.canary.requests) == ("watched", 1000.0, 4)
+    world.restart()
+    world.report("b", serving=1)
+    world.now_s += 20.0
+    world.report("b", serving=1)  # nobody has it any more
+    assert world.status().canary is None
 
 
 def test_the_newest_entry_is_the_one_that_is_judged(world: World) -> None:

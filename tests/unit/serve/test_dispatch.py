@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from typing import Any
 
 import pytest
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from tests.tiny_model import make_version
 from tests.unit.serve.scripted import FILES, ScriptedEngine
 from workloads.serve.completions import complete
-from workloads.serve.dispatch import dispatch
+from workloads.serve.dispatch import choose, dispatch
 from workloads.serve.http import VERSION_HEADER
 from workloads.serve.loaded import Loaded, Serving
 from workloads.serve.loading import NonFiniteLogits
@@ -37,7 +38,9 @@ class Asked:
         async def run() -> tuple[str, bytes]:
             deadline_s = asyncio.get_running_loop().time() + self._timeout_s
             body = json.dumps({"model": "code-lm", "prompt": "x", **fields}).encode()
-            response = await dispatch(complete, body, self._serving, key="somebody", deadline_s=deadline_s)
+            chosen = choose(self._serving, key="somebody")
+            response = await dispatch(complete, body, chosen, deadline_s=deadline_s)
+            assert self.canary not in chosen  # it is held by its answer alone
             if isinstance(response, StreamingResponse):
                 return response.headers[VERSION_HEADER], b"".join([bytes(x) async for x in response.body_iterator])
             return response.headers[VERSION_HEADER], bytes(response.body)
@@ -116,3 +119,20 @@ def test_a_request_ends_at_its_deadline(stream: bool) -> None:
     assert (caught.value.status, caught.value.code) == (504, "timeout")
     assert asked.judged() == (1, 1)
     assert stuck.num_sequences == 0
+
+
+@pytest.mark.parametrize(("weight", "versions"), [(1e-9, [1]), (0.999999999, [2, 1])])
+def test_nothing_but_its_answer_keeps_a_version(weight: float, versions: list[int]) -> None:
+    chosen = choose(Asked(ScriptedEngine("old"), ScriptedEngine("new"), weight=weight)._serving, key="somebody")
+    references = [weakref.ref(each) for each in chosen]
+    assert [each.version.number for each in chosen] == versions
+    held: list[list[bool]] = []
+
+    async def endpoint(body: bytes, asked: Loaded, deadline_s: float | None) -> Response:
+        del asked
+        held.append([reference() is not None for reference in references])
+        raise ApiError(500, "broken")
+
+    with pytest.raises(ApiError):
+        asyncio.run(dispatch(endpoint, b"", chosen, deadline_s=0.0))
+    assert held == ([[False]] if versions == [1] else [[False, True], [False, False]])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from orchestrator.store import layout
 from tests.tiny_model import release_version
 from tests.unit.fakes import MemoryStore
 from workloads.serve.follow import Follower
-from workloads.serve.loads import Loads
+from workloads.serve.loads import FAILED_RETRY_S, MAX_RETRY_S, Loads
 from workloads.serve.models import Fetched
 from workloads.serve.reports import Reply
 
@@ -26,6 +28,8 @@ class ScriptedModels:
         self.loads: list[str] = []
         self.fail: dict[str, Exception] = {}
         self.fail_warm_up: dict[str, Exception] = {}
+        self.on_load: Callable[[str], Any] | None = None
+        """Makes the engine of a content, which is itself otherwise."""
         self.num_bytes = 10
         self.free = 1000
 
@@ -43,11 +47,12 @@ class ScriptedModels:
         self.loads.append(content)
         if content in self.fail:
             raise self.fail[content]
-        return content
+        return content if self.on_load is None else self.on_load(content)
 
     def warm_up(self, engine: Any) -> float:
-        if engine in self.fail_warm_up:
-            raise self.fail_warm_up[engine]
+        if str(engine) in self.fail_warm_up:
+            error = self.fail_warm_up[str(engine)]
+            raise type(error)(*error.args)  # one that is kept would keep the engine, by its traceback
         return 0.1
 
 
@@ -156,7 +161,7 @@ def test_promote_and_roll_back(world: World) -> None:
     assert seen == [1, 2, 1]
 
 
-def test_a_version_that_does_not_load_is_rejected_and_not_tried_again(world: World) -> None:
+def test_a_version_that_does_not_load_is_not_tried_again(world: World) -> None:
     world.release("one", "two", "three")
     world.models.fail["two"] = ValueError("odd weights")
     world.step(1, 2)
@@ -165,8 +170,91 @@ def test_a_version_that_does_not_load_is_rejected_and_not_tried_again(world: Wor
     assert world.models.loads == ["one", "two"]
     assert world.follower.report("a").failures == world.follower.rejected == {2: "ValueError: odd weights"}
     assert world.follower.report("a").tried == 2
+    assert world.follower.problem == "lm@2 does not load: ValueError: odd weights"
+    world.decide(rejected={2: "ValueError: odd weights"})
+    world.step()
+    assert world.follower.problem is None
     world.step(3)
     assert world.serving == (3, None)
+
+
+def test_what_fails_here_alone_moves_to_no_older_version(world: World) -> None:
+    world.release("one", "two", "three", "four")
+    world.step(1)
+    world.models.fail["four"] = ValueError("odd weights")
+    for version in (2, 3, 4):
+        world.promote(version)
+    world.step()
+    world.step()
+    assert world.serving == (1, None)
+    assert world.models.loads == ["one", "four"]
+    world.decide(rejected={4: "odd weights"})
+    world.step()
+    assert world.serving == (3, None)
+
+
+def test_a_replica_that_has_nothing_waits_for_the_decider_too(world: World) -> None:
+    world.release("one", "two")
+    world.models.fail |= {"one": ValueError("a broken node"), "two": ValueError("a broken node")}
+    world.promote(1)
+    world.step(2)
+    world.step()
+    assert world.follower.report("a").failures == {2: "ValueError: a broken node"}
+    assert world.follower.problem == "lm@2 does not load: ValueError: a broken node"
+
+
+def test_what_failed_by_its_own_fault_is_tried_again_in_the_end(world: World) -> None:
+    world.release("one", "two")
+    world.models.fail["two"] = ValueError("odd weights")
+    world.step(1, 2)
+    world.models.fail.clear()
+    world.clock.now_s += FAILED_RETRY_S - 1.0
+    world.step()
+    assert world.serving == (1, None)
+    world.clock.now_s += 1.0
+    world.step()
+    assert world.serving == (2, None)
+    assert world.follower.report("a").failures == world.follower.rejected == {}
+    assert world.follower.problem is None
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: unspecified launch failure"), OSError(28, "No space"), ImportError("lib.so")]
+)
+def test_what_the_machine_fails_is_no_fault_of_the_version(world: World, error: Exception) -> None:
+    world.release("one")
+    world.models.fail["one"] = error
+    world.step(1)
+    assert world.follower.report("a").failures == {}
+    assert (world.follower.problem or "").startswith(f"This machine failed to load lm@1: {type(error).__name__}: ")
+    world.models.fail.clear()
+    world.clock.now_s += 1.0
+    world.step()
+    assert world.serving == (1, None)
+
+
+def test_a_version_that_fails_is_freed_at_once(world: World) -> None:
+    class Engine:
+        """Full of cycles, as models are."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __str__(self) -> str:
+            return "an engine"
+
+    made: list[weakref.ref[Engine]] = []
+
+    def make(_: str) -> Engine:
+        engine = Engine()
+        made.append(weakref.ref(engine))
+        return engine
+
+    world.release("one")
+    world.models.on_load = make
+    world.models.fail_warm_up["an engine"] = ValueError("NaN")
+    world.step(1)
+    assert [reference() for reference in made] == [None]
 
 
 def test_a_version_that_fails_its_first_answer_is_rejected(world: World) -> None:
@@ -204,6 +292,41 @@ def test_a_version_that_is_rejected_while_it_serves_gives_way(world: World) -> N
     world.release("one", "two")
     world.step(1, 2)
     world.decide(rejected={2: "another replica could not load it"})
+    world.step()
+    assert world.serving == (1, None)
+
+
+def test_what_is_rejected_does_not_answer_though_nothing_else_can(world: World) -> None:
+    world.release("one", "two")
+    world.promote(1, Canary(version=2, weight=0.25))
+    world.step()
+    world.decide(rejected={1: "odd weights", 2: "odd weights"})
+    world.step()
+    assert world.serving == (None, None)
+    assert world.follower.version is None
+    assert not world.follower.serving.draining
+    assert world.follower.rejected[1] == "odd weights"
+
+
+def test_what_is_rejected_does_not_answer_though_the_one_before_does_not_load_now(world: World) -> None:
+    world.release("one", "two")
+    world.promote(1)
+    world.step(2)
+    world.models.fail["one"] = EnvironmentUnusable("The disk is full.")
+    world.decide(rejected={2: "odd weights"})
+    world.step()
+    assert world.serving == (None, None)
+    assert world.follower.problem == "The disk is full."
+    world.models.fail.clear()
+    world.clock.now_s += 1.0
+    world.step()
+    assert world.serving == (1, None)
+
+
+def test_what_answers_goes_on_where_no_entry_can_be_read(world: World) -> None:
+    world.release("one")
+    world.step(1)
+    world.store.delete([layout.channel_entry("lm", "production", 1)])
     world.step()
     assert world.serving == (1, None)
 
@@ -248,13 +371,15 @@ def test_what_serves_outlives_the_store(world: World) -> None:
     assert world.follower.problem is None
 
 
-def test_what_is_no_entry_and_what_is_no_status_are_passed_over(world: World) -> None:
+def test_what_is_no_entry_and_what_is_no_status_are_passed_over(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.release("one")
     world.store.upload(layout.channel_status("lm", "production"), b"rubbish")
     world.promote(1)
     world.store.upload(layout.channel_entry("lm", "production", 2), b"rubbish")
     world.step()
+    world.step()
     assert world.serving == (1, None)
+    assert sorted(record.getMessage().split(" is passed")[0] for record in caplog.records) == ["An entry", "The status"]
 
 
 def test_a_version_that_lies_about_its_files_is_rejected(world: World) -> None:
@@ -378,7 +503,30 @@ def test_the_version_before_comes_back_where_the_one_in_its_place_does_not_load(
     world.step(2)
     assert world.serving == (1, None)
     assert world.models.loads == ["one", "two", "one"]
-    assert world.follower.rejected == {2: "MemoryError: not even alone"}
+    assert world.follower.rejected == {}
+    assert world.follower.problem == "lm@2 does not fit into memory now: not even alone."
+    world.clock.now_s += MAX_RETRY_S
+    world.step()  # each try costs a reload
+    assert world.models.loads == ["one", "two", "one"]
+
+
+def test_while_a_replica_reloads_it_names_the_version_before(world: World) -> None:
+    world.release("one", "two")
+    world.step(1)
+    world.models.free = 5
+    world.turns.reply = Reply(has_turn=True, num_others=1)
+    seen: list[int | None] = []
+
+    def look(content: str) -> str:
+        version = world.follower.version
+        seen.append(None if version is None or not world.follower.serving.draining else version.number)
+        return content
+
+    world.models.on_load = look
+    world.step(2)
+    assert seen == [1]
+    assert world.follower.version is not None
+    assert world.follower.version.number == 2
 
 
 def test_a_last_request_keeps_its_version_and_it_goes_on_answering(world: World) -> None:

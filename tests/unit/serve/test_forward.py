@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from starlette.responses import JSONResponse, StreamingResponse
 
-from workloads.serve.forward import parts, try_forward
+from workloads.serve.forward import forward, parts
+from workloads.serve.openai_api import ApiError
 
 HEAD = {"status": 200, "headers": {"x-headway-version": "lm@1"}}
 
@@ -36,11 +38,15 @@ class Items:
 
 
 class Handle:
-    """A deployment one of whose replicas is asked."""
+    """A deployment one of whose replicas is asked, then another, until none is left."""
 
-    def __init__(self, items: Items) -> None:
-        self._items = items
+    def __init__(self, *answers: Items | Exception) -> None:
+        self._answers = list(answers)
         self.asked: list[tuple[Any, ...]] = []
+
+    @property
+    def is_left(self) -> bool:
+        return bool(self._answers)
 
     def options(self, **options: Any) -> Handle:
         assert options == {"method_name": "forwarded", "stream": True}
@@ -48,31 +54,77 @@ class Handle:
 
     def remote(self, *arguments: Any) -> Items:
         self.asked.append(arguments)
-        return self._items
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-async def ask(items: Items, accept_s: float = 60.0) -> StreamingResponse | None:
-    handle = Handle(items)
-    response = await try_forward(handle, "chat", b"{}", {"a": "b"}, left_s=5.0, accept_s=accept_s)
-    assert handle.asked == [("chat", b"{}", {"a": "b"}, 5.0)]
+async def ask(*answers: Items | Exception, accept_s: float = 60.0, left_s: float = 60.0) -> StreamingResponse | None:
+    """As long as there is a replica to ask."""
+    handle = Handle(*answers)
+    deadline_s = asyncio.get_running_loop().time() + left_s
+    response = await forward(
+        handle,
+        "chat",
+        b"{}",
+        {"a": "b"},
+        deadline_s=deadline_s,
+        is_needed=lambda: handle.is_left,
+        accept_s=accept_s,
+    )
+    for *arguments, left in handle.asked:
+        assert arguments == ["chat", b"{}", {"a": "b"}]
+        assert 0 < left <= left_s
     return response
 
 
 def test_another_replica_answers() -> None:
+    declined = Items(False)
+
     async def run() -> tuple[int, str, bytes]:
-        response = await ask(Items(True, HEAD, b"one", b"two"))
+        response = await ask(declined, Items(True, HEAD, b"one", b"two"))
         assert response is not None
+        assert declined.is_cancelled
         body = b"".join([bytes(part) async for part in response.body_iterator])
         return response.status_code, response.headers["x-headway-version"], body
 
     assert asyncio.run(run()) == (200, "lm@1", b"onetwo")
 
 
-@pytest.mark.parametrize("script", [(False,), (RayActorError(),), (True, RayActorError())])
+@pytest.mark.parametrize("script", [(False,), (RayActorError(),), (RayServeException(),)])
 def test_one_that_does_not_answer_is_left(script: tuple[Any, ...]) -> None:
     items = Items(*script)
     assert asyncio.run(ask(items)) is None
     assert items.is_cancelled
+    assert asyncio.run(ask(RayServeException())) is None
+
+
+def test_what_was_declined_stays_open_until_the_request_has_its_place() -> None:
+    declined = Items(False)
+
+    class Taken(Items):
+        async def __anext__(self) -> Any:
+            assert declined.is_cancelled is False
+            return await super().__anext__()
+
+    assert asyncio.run(ask(declined, Items(RayActorError()), Taken(True, HEAD))) is not None
+    assert declined.is_cancelled
+
+
+@pytest.mark.parametrize("error", [RayActorError(), RayServeException()])
+def test_one_that_dies_once_it_has_begun_is_not_asked_again(error: Exception) -> None:
+    items = Items(True, error)
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(ask(items, Items(True, HEAD)))
+    assert caught.value.status == 500
+    assert items.is_cancelled
+
+
+def test_there_is_no_end_to_waiting_but_the_deadline() -> None:
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(ask(Items(True, HEAD), left_s=0.0))
+    assert (caught.value.status, caught.value.code) == (504, "timeout")
 
 
 def test_one_that_does_not_listen_is_left() -> None:

@@ -15,9 +15,11 @@ class ScriptedDecider:
     def __init__(self, *answers: Reply | Exception, stop: threading.Event | None = None) -> None:
         self._answers, self._stop = list(answers), stop
         self.heard: list[bool] = []
+        self.sequences: list[int] = []
 
     def __call__(self, report: ReplicaReport) -> Reply:
         self.heard.append(report.wants_turn)
+        self.sequences.append(report.sequence)
         answer = self._answers.pop(0)
         if not self._answers and self._stop is not None:
             self._stop.set()
@@ -35,6 +37,7 @@ def test_it_reports_until_it_is_stopped_whatever_the_decider_says() -> None:
     decider = ScriptedDecider(Reply(), RuntimeError("gone"), Reply(), stop=stop)
     reporter(decider).run(stop, poll_s=0.0)
     assert decider.heard == [False, False, False]
+    assert decider.sequences == [1, 2, 3]
 
 
 def test_a_turn_is_asked_for_kept_and_given_back() -> None:
