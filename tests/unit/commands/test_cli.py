@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from orchestrator import __version__, cli
@@ -60,8 +61,8 @@ def write_run_file(folder: Path, **changes: Any) -> Path:
 
 
 def test_the_list_of_commands_is_whole() -> None:
-    registered = [info.name or info.callback.__name__ for info in cli.app.registered_commands if info.callback]
-    assert sorted(registered) == sorted(COMMANDS)
+    registered = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert sorted(name for name, command in registered.items() if not command.hidden) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -98,7 +98,9 @@ def test_no_token_sees_another_conversation(model_type: str, training: bool, att
     whole = logits(model, batch)
     first = LENGTHS[0]
     other = logits(model, task.collate(packed(conversation(first, seed=99), *parts[1:])))
-    assert torch.equal(whole[:, first:], other[:, first:])
+    # An expert multiplies its tokens of all conversations at once; how many there are decides the order of its sums.
+    has_experts = any("expert" in name for name, _ in model.named_modules())
+    torch.testing.assert_close(whole[:, first:], other[:, first:], rtol=0, atol=1e-6 if has_experts else 0)
     assert not torch.allclose(whole[:, :first], other[:, :first], atol=1e-3)
 
     alone, counted, start = torch.zeros(()), 0, 0
