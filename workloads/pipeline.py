@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,11 @@ from orchestrator.errors import (
 from orchestrator.plan import num_steps
 from orchestrator.pretrained.source import BaseSource
 from orchestrator.record import EventLog
-from orchestrator.release import channels
 from orchestrator.release.gate import GateDecision, Serving
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
-from orchestrator.release.versions import CheckpointSource, DatasetSource, Version, publish, read_version
-from orchestrator.release.way_back import Verdicts, in_force
+from orchestrator.release.versions import CheckpointSource, DatasetSource, Version
 from orchestrator.runs import RunIdentity, identify
-from orchestrator.spec import ReleaseSpec, RunSpec
+from orchestrator.spec import RunSpec
 from orchestrator.store import Attempt, Store, claim_attempt, layout
 from orchestrator.store.attempts import (
     POD_ENDS,
@@ -57,6 +55,7 @@ from workloads.in_run_evaluation import last_step
 from workloads.judge import Judge
 from workloads.prepare import prepare
 from workloads.pretrained_model import check as check_pretrained
+from workloads.release import release_version
 from workloads.signals import stop_on_signal
 from workloads.tasks import BaseContext, Task, check_task, task_of
 from workloads.tasks.base_context import base_context
@@ -261,7 +260,6 @@ class Pipeline:
                 f"{self.identity.run_id} was exported for another release, to {self.store.uri_of(exported.prefix)}.",
                 next_step="Set release as it was then, or change the run's name to train it anew.",
             )
-        ensure_newest(self.store, self.attempt)
         version = Version(
             model=release.model,
             number=exported.version,
@@ -278,46 +276,7 @@ class Pipeline:
             created_s=time.time(),
             nonce=self.attempt.nonce,
         )
-        try:
-            publish(self.store, version)
-        except AlreadyExists:  # an earlier attempt of this very run got this far: the number is its claim
-            version = read_version(self.store, release.model, exported.version)
-        self._append(release, version.number)
-        return version.name
-
-    def _append(self, release: ReleaseSpec, version: int) -> None:
-        """Append this run's one entry to the channel: right after what was seen, or look again."""
-        while True:
-            history = channels.history(self.store, release.model, release.channel)
-            if any(entry.run_id == self.identity.run_id for entry in history.entries):
-                return
-            stable, canary = self._wanted(release, version, history.entries)
-            ensure_newest(self.store, self.attempt)
-            try:
-                channels.append(
-                    self.store,
-                    release.model,
-                    release.channel,
-                    version=stable,
-                    canary=canary,
-                    by=f"run {self.identity.run_id}",
-                    reason="passed the gate",
-                    run_id=self.identity.run_id,
-                    after=history.last_number,
-                )
-                return
-            except AlreadyExists:
-                continue
-
-    def _wanted(
-        self, release: ReleaseSpec, version: int, entries: Sequence[channels.ChannelEntry]
-    ) -> tuple[int, channels.Canary | None]:
-        """What the channel is to serve: the version at once, or beside what is in force."""
-        status = channels.readable_status(self.store, release.model, release.channel)
-        stable = in_force(entries, Verdicts.of(status)).version
-        if release.canary is None or stable is None or stable == version:
-            return version, None
-        return stable, channels.Canary(version=version, weight=release.canary)
+        return release_version(self.store, self.attempt, release, version).name
 
     # -- what is known
 

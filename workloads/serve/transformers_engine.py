@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from workloads.serve.admission import Admission, EngineSettings
+from workloads.serve.admission import EngineSettings
 from workloads.serve.batching import Batcher
 from workloads.serve.batching_alone import OneByOne
 from workloads.serve.batching_check import batched
@@ -19,10 +18,11 @@ from workloads.serve.batching_row import Row
 from workloads.serve.decoding import Watch
 from workloads.serve.engine import Generation, Piece
 from workloads.serve.loading import load_backend, load_model, load_tokenizer
+from workloads.serve.tokenized import TokenizedEngine
 from workloads.serve.tokens import Tokens
 
 
-class TransformersEngine:
+class TransformersEngine(TokenizedEngine):
     """Sequences in one running batch; one after the other where the model cannot be batched."""
 
     def __init__(self, model: Any, tokens: Tokens, settings: EngineSettings) -> None:
@@ -30,10 +30,8 @@ class TransformersEngine:
         Raises:
             NonFiniteLogits: the model answers NaN. EnvironmentUnusable: what memory is left holds too few tokens.
         """
-        self._model, self._tokens = model, tokens
-        self._admission = Admission(settings)
-        self.turn_end_tokens, self.vocab_size = tokens.turn_end_tokens, tokens.vocab_size
-        self.context_tokens, self.default_max_tokens = tokens.context_tokens, settings.default_max_tokens
+        super().__init__(tokens, settings)
+        self._model = model
         # What the directory recommends (a temperature, a penalty) must not change what the request asks for.
         model.generation_config = transformers.GenerationConfig(
             eos_token_id=list(tokens.end_tokens) or None,
@@ -73,22 +71,6 @@ class TransformersEngine:
         )
         self.context_tokens = min(self.context_tokens, max_tokens)  # a longer one would wait for ever
         return Batcher(model, max_batch=settings.max_batch, max_batch_tokens=max_tokens)
-
-    @property
-    def num_sequences(self) -> int:
-        return self._admission.num_sequences
-
-    def admit(self, num_sequences: int) -> AbstractContextManager[None]:
-        return self._admission.admit(num_sequences)
-
-    async def encode(self, text: str) -> list[int]:
-        return await self._tokens.encode(text)
-
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return await self._tokens.encode_chat(messages)
-
-    async def decode(self, tokens: Sequence[int]) -> str:
-        return await self._tokens.decode(tokens)
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         row = Row(

@@ -11,8 +11,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +21,12 @@ from orchestrator.release.channels import ChannelEntry, ChannelStatus
 from orchestrator.release.versions import Version
 from orchestrator.release.wanted import wanted
 from orchestrator.store import Store
-from workloads.serve.admission import Admission, EngineSettings
+from workloads.serve.admission import EngineSettings
 from workloads.serve.classifier import Classifier
 from workloads.serve.engine import Engine, Generation, Piece
 from workloads.serve.loading import classifies
 from workloads.serve.models import Fetched, StoredModels
+from workloads.serve.tokenized import TokenizedEngine
 from workloads.serve.tokens import Tokens
 from workloads.serve.vllm_applications import DELETING, DEPLOY_FAILED, RUNNING, Application, Applications, Complete
 from workloads.serve.vllm_events import completion_arguments, pieces
@@ -35,30 +35,12 @@ from workloads.serve.vllm_settings import VllmSettings
 logger = logging.getLogger("headway.serve")
 
 
-class VllmEngine:
+class VllmEngine(TokenizedEngine):
     """One version that vLLM generates with."""
 
     def __init__(self, model_id: str, tokens: Tokens, settings: EngineSettings, complete: Complete) -> None:
-        self._model_id, self._tokens, self._complete = model_id, tokens, complete
-        self._admission = Admission(settings)
-        self.context_tokens, self.vocab_size = tokens.context_tokens, tokens.vocab_size
-        self.turn_end_tokens, self.default_max_tokens = tokens.turn_end_tokens, settings.default_max_tokens
-
-    @property
-    def num_sequences(self) -> int:
-        return self._admission.num_sequences
-
-    def admit(self, num_sequences: int) -> AbstractContextManager[None]:
-        return self._admission.admit(num_sequences)
-
-    async def encode(self, text: str) -> list[int]:
-        return await self._tokens.encode(text)
-
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return await self._tokens.encode_chat(messages)
-
-    async def decode(self, tokens: Sequence[int]) -> str:
-        return await self._tokens.decode(tokens)
+        super().__init__(tokens, settings)
+        self._model_id, self._complete = model_id, complete
 
     async def generate(self, generation: Generation) -> AsyncGenerator[Piece, None]:
         arguments = completion_arguments(generation, model_id=self._model_id, end_tokens=self._tokens.end_tokens)
