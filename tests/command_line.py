@@ -7,9 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import pytest
+
+from orchestrator import cli
 
 BIN = Path(sys.executable).parent
 _SETTINGS = ("AWS_", "HEADWAY_", "RAY_")
@@ -59,6 +64,18 @@ class Said:
         for word in words:
             assert word in step, f"{word!r} is not in {step!r}"
         return self
+
+
+def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """The command line in this process, which sees what a test has set in its environment."""
+
+    def call(*arguments: str) -> Said:
+        capsys.readouterr()
+        code = cli.run(list(arguments))
+        out, err = capsys.readouterr()
+        return Said(arguments=arguments, code=code, out=out, err=err)
+
+    return call
 
 
 def environment(**settings: str) -> dict[str, str]:

@@ -33,6 +33,7 @@ from orchestrator.targets import stack as stacks
 from orchestrator.targets.stack import Stack
 from tests.command_line import Said, finish, headway, start
 from tests.small_disk import small_disk
+from tests.tiny_run import TINY_LLAMA
 
 RUN_TIMEOUT_S = 120.0
 AT_ONCE_S = 20.0  # what needs no job, on a machine that is busy; half a second on one that is idle
@@ -103,10 +104,7 @@ class Days:
         document: dict[str, Any] = {
             "apiVersion": "headway/v1",
             "name": name,
-            "model": {"architecture": {
-                "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-            }},
+            "model": {"architecture": TINY_LLAMA},
             "data": {"dataset": "clean", "sequence_length": 32},
             "train": {
                 "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 8, "zero": {"stage": 2},

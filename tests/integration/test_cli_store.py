@@ -16,7 +16,6 @@ import torch
 import yaml
 from torch import nn
 
-from orchestrator import cli
 from orchestrator.checkpoint.catalog import MANIFEST, Folder, find
 from orchestrator.checkpoint.format import State
 from orchestrator.checkpoint.save import CheckpointWriter
@@ -33,7 +32,7 @@ from orchestrator.store import Attempt, Store, claim_attempt, claim_group, layou
 from orchestrator.store.attempts import end_attempt, ensure_newest, stop_reason
 from orchestrator.targets.ports import is_free
 from orchestrator.targets.seaweedfs import S3Server
-from tests.command_line import Said
+from tests.command_line import Said, in_process
 from tests.integration.conftest import BUCKET
 from tests.unit.checkpoint.states import FakeState, random_values
 
@@ -55,14 +54,7 @@ def run(
     """The command line in this process, in an empty folder, with the test's store set."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HEADWAY_STORE", store.uri)
-
-    def call(*arguments: str) -> Said:
-        capsys.readouterr()
-        code = cli.run(list(arguments))
-        out, err = capsys.readouterr()
-        return Said(arguments=arguments, code=code, out=out, err=err)
-
-    return call  # type: ignore[return-value]
+    return in_process(capsys)
 
 
 def write_run_file(folder: Path, data: dict[str, Any]) -> None:

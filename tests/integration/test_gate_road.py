@@ -13,6 +13,7 @@ from orchestrator.release import channels
 from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.stack import Stack
 from tests.command_line import Said, headway
+from tests.tiny_run import TINY_LLAMA
 from workloads.judge import Compared, read_evaluation
 
 RUN_TIMEOUT_S = 180.0
@@ -37,10 +38,7 @@ def write(directory: Path, name: str, *, steps: int, learning_rate: float = 3e-3
     document: dict[str, Any] = {
         "apiVersion": "headway/v1",
         "name": name,
-        "model": {"architecture": {
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }},
+        "model": {"architecture": TINY_LLAMA},
         "data": {"dataset": "gate-first", "sequence_length": 32},
         "train": {
             "steps": steps, "global_batch_size": 8, "micro_batch_size": 4,

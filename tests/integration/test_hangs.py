@@ -23,6 +23,7 @@ from orchestrator.targets import processes
 from orchestrator.targets.processes import Identity
 from orchestrator.targets.stack import Stack
 from tests.command_line import BIN
+from tests.tiny_run import TINY_LLAMA
 
 JOB = "hanging"
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
@@ -64,10 +65,7 @@ RUN = {
     "apiVersion": "headway/v1",
     "name": "hanging",
     "task": "hanging_task:HangingTask",
-    "model": {"architecture": {
-        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }},
+    "model": {"architecture": TINY_LLAMA},
     "data": {"train": "data/*.txt", "vocab_size": 300, "eval_fraction": 0.3, "sequence_length": 32},
     "train": {
         "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 8, "step_timeout": STEP_TIMEOUT_S,

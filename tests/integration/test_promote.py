@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import cli
 from orchestrator.commands.promote import share
 from orchestrator.errors import UsageError
 from orchestrator.release import channels
 from orchestrator.release.channels import ChannelStatus
 from orchestrator.release.versions import VersionFile, claim_version, publish
 from orchestrator.store import Store, layout
-from tests.command_line import Said
+from tests.command_line import Said, in_process
 from tests.tiny_model import make_version
 
 Cli = Callable[..., Said]
@@ -30,14 +29,7 @@ def run(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         assert claim_version(store, MODEL, facts={"run_id": "tiny-00000000"}) == number
         files = {"config.json": VersionFile(size_bytes=0, sha256="0" * 64)}
         publish(store, make_version(model=MODEL, number=number, files=files))
-
-    def call(*arguments: str) -> Said:
-        capsys.readouterr()
-        code = cli.run(list(arguments))
-        out, err = capsys.readouterr()
-        return Said(arguments=arguments, code=code, out=out, err=err)
-
-    return call
+    return in_process(capsys)
 
 
 def wanted(store: Store) -> list[tuple[int, int | None]]:

@@ -23,7 +23,7 @@ from orchestrator.starter import STARTER
 from orchestrator.targets import stack as stacks
 from orchestrator.targets.ray_head import RayPorts
 from orchestrator.targets.seaweedfs import Keys, S3Ports
-from tests.command_line import Said, environment, finish, headway, start
+from tests.command_line import Said, environment, finish, headway, in_process, start
 
 COMMANDS = ["demo", "up", "down", "doctor", "init", "schema", "plan", "run", "submit", "status", "logs", "stop"]
 COMMANDS += ["list", "show", "serve", "promote", "rollback", "verify", "export", "dashboard"]
@@ -40,14 +40,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     for name in os.environ.keys() - environment().keys():
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Said:
-        capsys.readouterr()
-        code = cli.run(list(arguments))
-        out, err = capsys.readouterr()
-        return Said(arguments=arguments, code=code, out=out, err=err)
-
-    return call
+    return in_process(capsys)
 
 
 def write_run_file(folder: Path, **changes: Any) -> Path:
