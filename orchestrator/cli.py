@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import __version__, cli_pod, cli_release
+from orchestrator import __version__, cli_pod, cli_record, cli_release
 from orchestrator.cli_options import Directory, Json, RunFile, RunId, StoreUri, TargetName
 from orchestrator.errors import EnvironmentUnusable, HeadwayError, Interrupted, UsageError
 from orchestrator.pinning import pin
@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_pod.app, name="pod", hidden=True)
+app.add_typer(cli_record.app)
 app.add_typer(cli_release.app)
 
 # What typer raises for a wrong command line. Of this family it exports only one member, and its home has moved.
@@ -185,6 +186,7 @@ def run_here(
     store: StoreUri = None,
     first_attempt: Annotated[int | None, typer.Option(help="Where jobs are restarted: the first attempt.")] = None,
     max_attempts: Annotated[int | None, typer.Option(help="Where jobs are restarted: attempts in all.")] = None,
+    edition: Annotated[int | None, typer.Option(help="Of the run; default the newest.", min=0)] = None,
     json: Json = False,
 ) -> None:
     """Execute a run inside a Ray job; what submit and `ray job submit … -- headway run FILE` start."""
@@ -194,7 +196,7 @@ def run_here(
         raise UsageError("--first-attempt and --max-attempts are given together, or not at all.")
     attempts = (first_attempt, max_attempts) if first_attempt is not None and max_attempts is not None else None
     reporter = Reporter(json_mode=json)
-    reporter.result(*command(run_file, store, attempts, reporter))
+    reporter.result(*command(run_file, store, attempts, reporter, edition=edition))
 
 
 @app.command()
@@ -222,6 +224,39 @@ def submit(
             reporter=reporter,
         )
     )
+
+
+@app.command()
+def retrain(
+    run_file: RunFile,
+    target: TargetName = "local",
+    store: StoreUri = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run's outcome.")] = False,
+    timeout_s: Annotated[float | None, typer.Option("--timeout", help="Stop waiting after so many seconds.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what changed and what would run; send nothing.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do again what is over, as a new run.")] = False,
+    stop_on_cancel: Annotated[
+        bool, typer.Option("--stop-on-cancel", help="SIGTERM or Ctrl-C stops the run too, not just the waiting.")
+    ] = False,
+    outputs: Annotated[Path | None, typer.Option(help="Append name=value lines to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Submit what changed, for CI: the same data, code and run file are trained once, whoever asks how often."""
+    from orchestrator.commands.retrain import Options
+    from orchestrator.commands.retrain import retrain as command
+
+    options = Options(
+        wait=wait,
+        timeout_s=timeout_s,
+        fresh=fresh,
+        dry_run=dry_run,
+        stop_on_cancel=stop_on_cancel,
+        outputs=outputs,
+    )
+    reporter = Reporter(json_mode=json)
+    reporter.result(*command(run_file, target=target, store_uri=store, options=options, reporter=reporter))
 
 
 @app.command()
@@ -282,31 +317,6 @@ def dashboard(
 
     reporter = Reporter(json_mode=json)
     command(run_id, target=target, store_uri=store, port=port, open_browser=open_browser, reporter=reporter)
-
-
-@app.command("list")
-def list_things(
-    what: Annotated[str, typer.Argument(help="runs, models, datasets, or checkpoints.")] = "runs",
-    run_id: Annotated[str | None, typer.Argument(help="The run, for checkpoints.")] = None,
-    store: StoreUri = None,
-    json: Json = False,
-) -> None:
-    """List what is in the store."""
-    from orchestrator.commands.show import list_things as command
-
-    Reporter(json_mode=json).result(*command(what, run_id, store_uri=store))
-
-
-@app.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A run, MODEL, or MODEL@VERSION.", show_default=False)],
-    store: StoreUri = None,
-    json: Json = False,
-) -> None:
-    """Show one thing and where it came from."""
-    from orchestrator.commands.show import show as command
-
-    Reporter(json_mode=json).result(*command(name, store_uri=store))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """YAML files that people write, as frozen models: unknown keys are errors, and a refusal names field, value and limit.
 
-Used by the run file (spec.py) and by a target's settings (target_settings.py).
+Used by the run file (spec/) and by a target's settings (target_settings.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SECRET_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 ABSOLUTE_PATH = r"^/"
 RELEASE = r"^[0-9]+\.[0-9]+\.[0-9]+$"
+CURRENCY = r"^[A-Z]{3}$"
 _PATTERNS = {
     NAME: "may hold only a-z, 0-9 and dashes, and starts and ends with one of a-z and 0-9",
     ENV_NAME: "may hold only letters, digits and underscores, and starts with no digit",
@@ -30,6 +31,7 @@ _PATTERNS = {
     QUANTITY: "must be a Kubernetes quantity, such as 500m or 64Gi",
     ABSOLUTE_PATH: "must be an absolute path",
     RELEASE: "must be three numbers, such as 2.60.0",
+    CURRENCY: "must be three capital letters, such as USD",
 }
 """What a field's pattern means, for people."""
 

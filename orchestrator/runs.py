@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.checkpoint.catalog import find
@@ -13,11 +13,16 @@ from orchestrator.package import code_digest
 from orchestrator.pretrained.source import BaseSource, list_base
 from orchestrator.spec import RunSpec, run_id
 from orchestrator.store import Store
+from orchestrator.store.editions import newest_edition
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
     run_id: str
+    edition: int = 0
+    """Above 0 where ``retrain --fresh`` had the same done anew (store/editions.py)."""
+    first: RunIdentity | None = None
+    """Of edition 0, where this is a later one."""
     dataset_fingerprint: str
     code_digest: str
     """Of the working directory's Python files where the task lives there, else empty."""
@@ -29,8 +34,11 @@ class RunIdentity:
     """The pretrained model that the run file names, not copied yet."""
 
 
-def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentity:
+def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: int | None = None) -> RunIdentity:
     """Find out which run this is; what lies in S3 is listed, not read.
+
+    Args:
+        edition: None is the newest that the store knows.
 
     Raises:
         EmptySource, SpecError: there is no such data, no such pretrained model, or no such checkpoint to start from.
@@ -47,7 +55,7 @@ def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentit
     else:
         files, dataset = (), find_dataset(store, spec.data.dataset or "")
         fingerprint = dataset.fingerprint
-    return RunIdentity(
+    first = RunIdentity(
         run_id=run_id(
             spec,
             dataset_fingerprint=fingerprint,
@@ -60,6 +68,19 @@ def identify(spec: RunSpec, store: Store, working_directory: Path) -> RunIdentit
         dataset=dataset,
         base=base,
     )
+    return in_edition(first, spec, newest_edition(store, first.run_id) if edition is None else edition)
+
+
+def in_edition(first: RunIdentity, spec: RunSpec, edition: int) -> RunIdentity:
+    """The same as a run of its own: another edition of the run whose edition 0 is ``first``. Pure."""
+    if edition == 0:
+        return first
+    made_of = {
+        "dataset_fingerprint": first.dataset_fingerprint,
+        "code_digest": first.code_digest,
+        "base_fingerprint": first.base.fingerprint if first.base is not None else "",
+    }
+    return replace(first, run_id=run_id(spec, **made_of, edition=edition), edition=edition, first=first)
 
 
 def _list_base(spec: RunSpec, store: Store) -> BaseSource | None:

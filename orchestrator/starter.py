@@ -92,4 +92,10 @@ release:                        # leave this part out to train without releasing
   model: my-model               # the name under which versions are numbered
   channel: production           # what the serving side follows
   canary: null                  # 0.1 gives it a tenth of the requests until it has proved itself; null gives it all
+
+# notify:                       # a webhook that is told how the run ends, such as Slack's
+#   webhook: https://chat.example.com/hooks/1  # where notices are posted to
+#   # webhook_env: ALERTS_URL   # or the variable that holds the address, where that is a secret, as Slack's is
+#   events: [done, refused, failed, rejected, stalled]
+#   stalled_minutes: 30         # without a step, after which the run counts as stalled
 """

@@ -1,4 +1,4 @@
-"""``target.yaml``: what a Kubernetes cluster offers to runs. Pure but for :func:`load_settings`, which reads one file.
+"""``target.yaml``: what a Kubernetes cluster offers to runs. Pure but for the loaders, which read one file.
 
 The run file says what to train, this file where: written once per cluster, by whoever runs it. Every field with its
 default is in k8s/target.example.yaml.
@@ -7,17 +7,20 @@ default is in k8s/target.example.yaml.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from orchestrator.document import ABSOLUTE_PATH, NAME, QUANTITY, RELEASE, Part, check, read_yaml
+from orchestrator.document import ABSOLUTE_PATH, CURRENCY, NAME, QUANTITY, RELEASE, Part, check, read_yaml
 from orchestrator.errors import SpecError
 from orchestrator.spec import EnvName, PositiveInt
 
 DEFAULT_FILE = Path("target.yaml")
+PRICES_VARIABLE = "HEADWAY_PRICES"
 _EXAMPLE = "k8s/target.example.yaml"
+_PRICES_PAGE = "docs/record.md"
 CPU_POOL = "cpu"
 """The pool of runs without a GPU."""
 
@@ -30,6 +33,7 @@ Label = Annotated[str, Field(pattern=NAME, max_length=63)]
 Quantity = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=QUANTITY)]
 """Kubernetes' own notation, such as ``500m`` or ``64Gi``; a plain number too, as YAML reads ``cpu: 2``."""
 Seconds = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Price = Annotated[float, Field(ge=0.0)]
 
 _UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNITS |= {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
@@ -96,6 +100,23 @@ class S3Settings(Part):
     server_secret: Label | None = "headway-s3-server"
 
 
+class Prices(Part):
+    """What an hour costs, for the cost of a run."""
+
+    currency: Annotated[str, Field(pattern=CURRENCY)] = "USD"
+    gpu_hour: dict[Label, Price] = Field(default={})
+    """By kind of GPU in lower case, as the pools are named."""
+    cpu_hour: Price = 0.0
+    """Of each worker's ``cpus_per_worker``, beside a GPU too."""
+
+
+class PriceFile(Prices):
+    """A whole ``prices.yaml``, for targets that have no settings of their own."""
+
+    apiVersion: Literal["headway/v1"]  # noqa: N815  the file's own spelling
+    kind: Literal["prices"]
+
+
 class Deadlines(Part):
     """Seconds; null sets none."""
 
@@ -147,6 +168,8 @@ class TargetSettings(Part):
     """Seconds that a pod has to save and end before it is killed."""
     keep_finished: Annotated[int, Field(ge=0)] = 10
     """Seconds that a finished run's pods stay."""
+    prices: Prices | None = None
+    """Null tells no cost."""
 
     @field_validator("pools")
     @classmethod
@@ -193,3 +216,16 @@ def load_settings(path: Path) -> TargetSettings:
     """
     document = read_yaml(path, what="file of target settings", compare=_EXAMPLE)
     return check(TargetSettings, document, source=str(path), compare=_EXAMPLE, all_fields=_EXAMPLE)
+
+
+def find_prices(environ: Mapping[str, str], target_file: Path = DEFAULT_FILE) -> Prices | None:
+    """The prices of the file that ``HEADWAY_PRICES`` names; where it names none, those of a ``target.yaml``.
+
+    Raises:
+        SpecError: the file that was named is missing, or one is wrong.
+    """
+    if environ.get(PRICES_VARIABLE):
+        path = Path(environ[PRICES_VARIABLE])
+        document = read_yaml(path, what="file of prices", compare=_PRICES_PAGE)
+        return check(PriceFile, document, source=str(path), compare=_PRICES_PAGE, all_fields=_PRICES_PAGE)
+    return load_settings(target_file).prices if target_file.is_file() else None

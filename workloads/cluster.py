@@ -8,11 +8,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from orchestrator.errors import AttemptFailed, HeadwayError, TargetError
 from orchestrator.render.ray_job import POOL_VARIABLE
+from workloads.metrics import Listener, restart_counter
+from workloads.stalled import asking, told_when_stalled
 from workloads.train import TrainJob, worker
-from workloads.watchdog import guarded
+from workloads.watchdog import LastStep, guarded
 
 
 def connect(say: Callable[[str], None]) -> str:
@@ -45,12 +48,20 @@ def _submission_id(environ: Mapping[str, str]) -> str:
     return str(config.get("metadata", {}).get("job_submission_id", ""))
 
 
-def fit(job: TrainJob, name: str, *, say: Callable[[str], None], note: Callable[..., None]) -> None:
+def fit(
+    job: TrainJob,
+    name: str,
+    *,
+    say: Callable[[str], None],
+    note: Callable[..., None],
+    stalled: Callable[[LastStep], None] = lambda _: None,
+) -> None:
     """Run the group of workers through Ray Train until it ends, restarting it where a worker dies or hangs.
 
     Args:
         say: told of a hang in a sentence.
         note: takes an event's kind and fields.
+        stalled: told once where no step is made for as long as the run file's ``notify`` allows.
 
     Raises:
         AttemptFailed: it kept failing; the message ends with the first worker's last line.
@@ -62,7 +73,8 @@ def fit(job: TrainJob, name: str, *, say: Callable[[str], None], note: Callable[
     workers = resources.workers
     with (
         tempfile.TemporaryDirectory(prefix="headway-train-") as scratch,
-        guarded(job.spec.train.step_timeout, say=say, note=note) as watchdog,
+        guarded(job.spec.train.step_timeout, say=say, note=_counted(note, restart_counter(job.run_id))) as watchdog,
+        told_when_stalled(asking(watchdog), after_s=_stalled_after_s(job), tell=stalled),
     ):
         trainer = ray.train.torch.TorchTrainer(
             worker,
@@ -88,6 +100,20 @@ def fit(job: TrainJob, name: str, *, say: Callable[[str], None], note: Callable[
                 f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
                 next_step=f"See the workers' own words: headway logs {name}",
             ) from e
+
+
+def _stalled_after_s(job: TrainJob) -> float | None:
+    return job.spec.notify.stalled_minutes * 60 if job.spec.notify is not None else None
+
+
+def _counted(note: Callable[..., None], count: Listener) -> Callable[..., None]:
+    """The same, telling metrics too."""
+
+    def note_and_count(kind: str, **fields: Any) -> None:
+        note(kind, **fields)
+        count(kind, fields)
+
+    return note_and_count
 
 
 def _accelerator_type(gpu: str | None, environ: Mapping[str, str]) -> str | None:

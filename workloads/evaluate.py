@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.checkpoint.adapter import BaseReference
 from orchestrator.dataset.format import DatasetManifest, read_manifest
@@ -23,6 +23,7 @@ from orchestrator.release.versions import Version, VersionFile, download_files
 from orchestrator.spec import RunSpec
 from orchestrator.store import Store, layout, open_store
 from workloads.adapter import download_base
+from workloads.answers import held_out_answers
 from workloads.export import Export
 from workloads.pretrained_model import is_whole
 from workloads.tasks import Samples, Task, task_of
@@ -67,6 +68,8 @@ class EvaluationJob(BaseModel):
     """Fingerprint of the pretrained model that the run started from, empty where it started from none."""
     model: ModelFiles | None
     """None evaluates that pretrained model itself."""
+    with_answers: bool = False
+    """Whether to give answers to some samples too."""
 
 
 class Blocks(BaseModel):
@@ -87,6 +90,8 @@ class Evaluation(BaseModel):
     """The task's, such as ``loss`` in nats per target; beside it the losses, on the same samples, of a unigram model
     and of the pretrained model before training, where that can do the task."""
     blocks: Blocks
+    answers: tuple[dict[str, str], ...] = Field(default=(), exclude=True)
+    """To some held-out samples, as :meth:`workloads.tasks.Task.answers` gives them. They are told as an event."""
 
 
 class Summed(NamedTuple):
@@ -97,6 +102,13 @@ class Summed(NamedTuple):
     num_targets: int
 
 
+class Share(NamedTuple):
+    """What one Ray task found."""
+
+    found: list[Summed]
+    answers: list[dict[str, str]]
+
+
 def evaluate(
     spec: RunSpec, store: Store, dataset: DatasetManifest, exported: Export, base: BaseContext | None = None
 ) -> Evaluation:
@@ -105,7 +117,7 @@ def evaluate(
     Args:
         base: the pretrained model that the run started from, where it did.
     """
-    found = evaluate_files(spec, store, dataset, ModelFiles.of_export(exported), base)
+    found = evaluate_files(spec, store, dataset, ModelFiles.of_export(exported), base, with_answers=True)
     figures = {**found.figures, "unigram_loss": dataset.unigram_loss}
     if base is not None and is_whole(task_of(spec, dataset, base)):
         figures["pretrained_loss"] = evaluate_files(spec, store, dataset, None, base).figures["loss"]
@@ -113,7 +125,13 @@ def evaluate(
 
 
 def evaluate_files(
-    spec: RunSpec, store: Store, dataset: DatasetManifest, model: ModelFiles | None, base: BaseContext | None
+    spec: RunSpec,
+    store: Store,
+    dataset: DatasetManifest,
+    model: ModelFiles | None,
+    base: BaseContext | None,
+    *,
+    with_answers: bool = False,
 ) -> Evaluation:
     """Any model of the run's task on the run's held-out split; None is the pretrained model itself."""
     import ray
@@ -124,12 +142,13 @@ def evaluate_files(
         dataset=(dataset.name, dataset.fingerprint),
         base=base.manifest.fingerprint if base is not None else "",
         model=model,
+        with_answers=with_answers,
     )
     resources = spec.resources
     num_shares = resources.workers.min
     remote = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=1 if resources.gpu else 0, max_calls=1)(_share)
     shares = ray.get([remote.remote(job.model_dump_json(), share, num_shares) for share in range(num_shares)])
-    found = sorted(summed for share in shares for summed in share)
+    found = sorted(summed for share in shares for summed in share.found)
     num_targets = sum(each.num_targets for each in found)
     if num_targets == 0:
         raise RunError("The held-out split gave no targets to evaluate.")
@@ -137,7 +156,8 @@ def evaluate_files(
     for each in found:
         sums.update(each.sums)
     figures = task_of(spec, dataset, base).metrics(sums, num_targets=num_targets, split=dataset.eval)
-    return Evaluation(figures={**figures, "num_targets": num_targets}, blocks=blocks_of(found))
+    answers = tuple(answer for share in shares for answer in share.answers)
+    return Evaluation(figures={**figures, "num_targets": num_targets}, blocks=blocks_of(found), answers=answers)
 
 
 def blocks_of(found: Sequence[Summed]) -> Blocks:
@@ -153,8 +173,8 @@ def blocks_of(found: Sequence[Summed]) -> Blocks:
     )
 
 
-def _share(job_json: str, share: int, num_shares: int) -> list[Summed]:
-    """Every ``num_shares``-th micro-batch, as a Ray task."""
+def _share(job_json: str, share: int, num_shares: int) -> Share:
+    """Every ``num_shares``-th micro-batch, as a Ray task. The first one gives the answers."""
     job = EvaluationJob.model_validate_json(job_json)
     spec, store = job.spec, open_store(job.store)
     dataset = read_manifest(store, *job.dataset)
@@ -163,7 +183,9 @@ def _share(job_json: str, share: int, num_shares: int) -> list[Summed]:
         torch.set_num_threads(spec.resources.cpus_per_worker)
     task = task_of(spec, dataset, base_context(spec, store, job.base))
     model = _load(job, store, task).to(device).eval()
-    return list(summed(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device))
+    found = list(summed(spec, task, model, dataset, store, share=share, num_shares=num_shares, device=device))
+    wanted = job.with_answers and share == 0
+    return Share(found, held_out_answers(spec, task, model, dataset, store) if wanted else [])
 
 
 def _load(job: EvaluationJob, store: Store, task: Task) -> torch.nn.Module:

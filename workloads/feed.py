@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -58,6 +59,7 @@ class BatchFeed:
         self._seed, self._device = seed, device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Any] = {}
+        self._waited_s = 0.0
 
     def prefetch(self, step: int) -> None:
         if step not in self._ahead:
@@ -66,10 +68,17 @@ class BatchFeed:
     def take(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``: ``accumulation`` of them with ``micro_rows`` rows each."""
         self.prefetch(step)
+        started = time.perf_counter()
         batches: list[Batch] = self._ahead.pop(step).result()
+        self._waited_s += time.perf_counter() - started
         if self._device.type == "cpu":
             return batches
         return [{k: v.to(self._device, non_blocking=True) for k, v in batch.items()} for batch in batches]
+
+    def waited_s(self) -> float:
+        """Seconds that :meth:`take` had to wait for steps that were not built yet, since this was last asked."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

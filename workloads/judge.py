@@ -75,6 +75,8 @@ class Judge:
         if broken:
             raise RunError(f"The exported model's evaluation is not finite: {broken}.")
         self.note("evaluation", **found.figures)
+        if found.answers:
+            self.note("samples", samples=list(found.answers))
         try:
             self.store.create_json(layout.evaluation(self.run_id), found.model_dump(mode="json"))
         except AlreadyExists:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,8 +40,6 @@ class Loop:
     evaluation: InRunEvaluation | None
     writer: CheckpointWriter
     observer: Observer
-    on_step: Callable[[dict[str, float]], None]
-    on_look: Callable[[dict[str, float]], None]
     pulse: Pulse
 
     def run(self, resumed: State | None) -> End:
@@ -53,11 +50,10 @@ class Loop:
         Args:
             resumed: the scalars of the checkpoint that training goes on from; None starts it.
         """
-        total_steps, world_size, first_step = self.total_steps, dist.get_world_size(), resumed.step if resumed else 0
+        total_steps, first_step = self.total_steps, resumed.step if resumed else 0
         looks = Looks.of_extra(resumed.extra) if resumed else Looks()
-        self.observer.note("training", first_step=first_step, total_steps=total_steps, world_size=world_size)
         if looks.ended_early:
-            return "complete"
+            return self._complete(first_step)
         looks = self._look(first_step, looks)  # a checkpoint made in haste has not waited for its own
         if looks.ended_early:
             self.writer.save(self._scalars(first_step, resumed.loss if resumed else None, looks), urgent=True)
@@ -75,18 +71,23 @@ class Loop:
             self.pulse.at(step + 1, "waiting for data")
             micro_batches = self.batches.take(step + 1)
             self.pulse.at(step + 1, "agreeing")
-            loss_sum, next_targets, stops, num_notices = _sum_over_ranks(
-                loss_sum, self._count(micro_batches), self.observer.stop_wanted, self.observer.num_notices
+            loss_sum, next_targets, stops, num_notices, *waits_s = _sum_over_ranks(
+                loss_sum,
+                self._count(micro_batches),
+                self.observer.stop_wanted,
+                self.observer.num_notices,
+                *self._wait_by_rank(),
             )
             loss, targets = loss_sum / max(targets, 1.0), next_targets
             require_finite(loss, grad_norm, step=step + 1)
-            self._report(step + 1, loss, rate, grad_norm, time.perf_counter() - started)
+            elapsed_s = time.perf_counter() - started
+            self._report(step + 1, loss, rate, grad_norm, step_s=elapsed_s, data_wait_s=max(waits_s))
             stopping, preempted, num_saved_notices = stops > 0, num_notices > num_saved_notices, num_notices
             looks, is_over = self.settle(step + 1, loss, looks, stopping=stopping, preempted=preempted)
             if is_over:
                 return self._complete(step + 1)
             if stopping:
-                saved = self._finish(step + 1)
+                saved = self._finish(step + 1, "stopped")
                 if saved is not None and isinstance(saved.error, Fenced):
                     raise saved.error  # another failure leaves the next attempt what is committed already
                 return "stopped"
@@ -114,7 +115,6 @@ class Loop:
         looks = looks.after(loss, step=step, limits=evaluation.limits)
         figures = {"step": step, "eval_loss": loss, "eval_s": time.perf_counter() - started}
         self.observer.look(figures, best_loss=looks.best_loss, ended_early=looks.ended_early)
-        self.on_look(figures)
         return looks
 
     def settle(self, step: int, loss: float, looks: Looks, *, stopping: bool, preempted: bool) -> tuple[Looks, bool]:
@@ -133,31 +133,40 @@ class Loop:
         self.observer.saves(self.writer)
         return (looks if stopping or is_last else self._look(step, looks)), is_last
 
-    def _report(self, step: int, loss: float, rate: float, grad_norm: float, elapsed_s: float) -> None:
-        figures = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": grad_norm,
-            "tokens": step * self.tokens_per_step,
-            "tokens_per_s": self.tokens_per_step / elapsed_s,
-            "step_s": elapsed_s,
-        }
-        self.observer.step(figures)
-        self.on_step(figures)
+    def _report(
+        self, step: int, loss: float, rate: float, grad_norm: float, *, step_s: float, data_wait_s: float
+    ) -> None:
+        self.observer.step(
+            {
+                "step": step,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "tokens": step * self.tokens_per_step,
+                "tokens_per_s": self.tokens_per_step / step_s,
+                "step_s": step_s,
+                "data_wait_s": data_wait_s,
+                # Rank 0's: no rank waits longer, since rank 0 waits for the parts of all before it saves again.
+                "save_s": self.observer.blocked_s(self.writer),
+            }
+        )
 
     def _complete(self, step: int) -> End:
         """The end of training at ``step``, whose save has to be good."""
-        saved = self._finish(step)
+        saved = self._finish(step, "complete")
         if saved is not None and saved.error is not None:
             raise saved.error
         return "complete"
 
-    def _finish(self, step: int) -> Saved | None:
+    def _finish(self, step: int, end: End) -> Saved | None:
         """Wait for the last save and tell what became of it."""
         self.pulse.at(step, "saving")
+        started = time.perf_counter()
         saved = self.writer.wait()
         self.observer.saves(self.writer)
+        save_s = time.perf_counter() - started + self.observer.blocked_s(self.writer)
+        state = "failed" if saved is not None and saved.error is not None else end
+        self.observer.note("training_done", step=step, state=state, save_s=round(save_s, 3))
         return saved
 
     def _scalars(self, step: int, loss: float | None, looks: Looks) -> State:
@@ -176,6 +185,12 @@ class Loop:
     @property
     def tokens_per_step(self) -> int:
         return self.spec.train.global_batch_size * self.spec.data.sequence_length
+
+    def _wait_by_rank(self) -> list[float]:
+        """How long this rank waited for its data, at its own place among zeros: summed over the ranks, all waits."""
+        waits_s = [0.0] * dist.get_world_size()
+        waits_s[self.rank] = self.batches.waited_s()
+        return waits_s
 
     def _count(self, micro_batches: list[Batch]) -> float:
         return float(sum(self.task.num_targets(batch) for batch in micro_batches))

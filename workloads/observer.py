@@ -14,6 +14,7 @@ from orchestrator.errors import HeadwayError
 from orchestrator.record import EventLog
 from orchestrator.store import Store, WorkerGroup
 from orchestrator.store.attempts import stop_reason
+from workloads.metrics import Listener
 
 logger = logging.getLogger(__name__)
 CLOSE_S = 10.0  # an error that is on its way out does not wait longer for a store that is down
@@ -21,15 +22,23 @@ MONITOR_S = 3.0  # between two looks for a stop request or a newer attempt
 
 
 class Observer:
-    """Rank 0's events and its watch for a stop or a preemption. Other ranks' observers do nothing."""
+    """Rank 0's events and its watch for a stop or a preemption. Other ranks' observers only tell their listener."""
 
     def __init__(
-        self, store: Store, group: WorkerGroup, *, rank: int, preempted: Callable[[], frozenset[str]] = frozenset
+        self,
+        store: Store,
+        group: WorkerGroup,
+        *,
+        rank: int,
+        preempted: Callable[[], frozenset[str]] = frozenset,
+        on_event: Listener = lambda *_: None,
     ) -> None:
         self.stop_wanted = 0.0
         self.num_notices = 0.0
         """Preemptions that were announced so far. Each is worth one checkpoint."""
         self._preempted, self._announced = preempted, frozenset[str]()
+        self._on_event = on_event
+        self._told_blocked_s = 0.0
         self._events = EventLog(store, group.attempt, "train") if rank == 0 else None
         self._store, self._group = store, group
         self._closed = threading.Event()
@@ -40,6 +49,7 @@ class Observer:
     def note(self, kind: str, **fields: Any) -> None:
         if self._events:
             self._events.append(kind, **fields)
+        self._on_event(kind, fields)
 
     def step(self, figures: dict[str, float]) -> None:
         self.note("step", **{k: _short(v) if isinstance(v, float) else v for k, v in figures.items()})
@@ -61,6 +71,11 @@ class Observer:
             kind = "checkpoint" if saved.error is None else "checkpoint_failed"
             error = {"error": str(saved.error)} if saved.error else {}
             self.note(kind, step=saved.step, seconds=round(saved.seconds, 3), **error)
+
+    def blocked_s(self, writer: CheckpointWriter) -> float:
+        """Seconds that saves held up training since this was last asked."""
+        told_s, self._told_blocked_s = self._told_blocked_s, writer.counts.blocked_s
+        return writer.counts.blocked_s - told_s
 
     def flush(self) -> None:
         """Write out what was noted so far. Before each commit: what lies behind a checkpoint is never trained again, so
@@ -120,9 +135,14 @@ def preempted_nodes() -> frozenset[str]:
 
 @contextmanager
 def observed(
-    store: Store, group: WorkerGroup, *, rank: int, preempted: Callable[[], frozenset[str]] = frozenset
+    store: Store,
+    group: WorkerGroup,
+    *,
+    rank: int,
+    preempted: Callable[[], frozenset[str]] = frozenset,
+    on_event: Listener = lambda *_: None,
 ) -> Iterator[Observer]:
-    observer = Observer(store, group, rank=rank, preempted=preempted)
+    observer = Observer(store, group, rank=rank, preempted=preempted, on_event=on_event)
     try:
         yield observer
     finally:

@@ -11,7 +11,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from orchestrator.errors import (
 from orchestrator.plan import num_steps
 from orchestrator.pretrained.source import BaseSource
 from orchestrator.record import EventLog
+from orchestrator.record.report import leave_report
 from orchestrator.release.gate import GateDecision, Serving
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.release.versions import CheckpointSource, DatasetSource, Version
@@ -53,6 +55,7 @@ from workloads.fetch_base import as_ray_tasks as copy_as_ray_tasks
 from workloads.fetch_base import fetch_base
 from workloads.in_run_evaluation import last_step
 from workloads.judge import Judge
+from workloads.notices import Notices, is_the_last
 from workloads.prepare import prepare
 from workloads.pretrained_model import check as check_pretrained
 from workloads.release import release_version
@@ -72,11 +75,13 @@ def run(
     job_id: str,
     say: Callable[[str], None],
     allowance: Allowance | None = None,
+    edition: int | None = None,
 ) -> Outcome:
     """Bring a run to its outcome, from wherever it stands.
 
     Args:
         allowance: the attempts that this job may make; None sets no limit.
+        edition: of the run; None is the newest that the store knows.
 
     Raises:
         Interrupted: it was asked to stop. Fenced: another job took over. AttemptsUsedUp: by the allowance. Any other
@@ -84,39 +89,51 @@ def run(
         changes, a RunError, is no exception here but the run's outcome.
     """
     require_conditional_writes(store)
-    identity = identify(spec, store, working_directory)
+    identity = identify(spec, store, working_directory, edition=edition)
+    notices = Notices(settings=spec.notify, store=store, run_id=identity.run_id)
     standing = read_outcome(store, identity.run_id)
     if standing is not None:
         say(f"{identity.run_id} is {standing.state} already.")
+        notices.ended(standing)  # unless told: who committed it may have died right after
+        leave_report(store, identity.run_id)
         return standing
     check_task(spec)
     _record_spec(store, spec, identity)
     if allowance is not None:
-        require_turn(store, identity.run_id, allowance, saved_by=newest_to_commit(store, identity.run_id))
+        with notices.of_attempts_used_up():
+            require_turn(store, identity.run_id, allowance, saved_by=newest_to_commit(store, identity.run_id))
     attempt = claim_attempt(
         store, identity.run_id, facts={"host": socket.gethostname(), "job": job_id, "headway": __version__}
     )
     say(f"{identity.run_id}: attempt {attempt.number}")
     events = EventLog(store, attempt, "pipeline")
+    notices = replace(notices, note=events.append)
+    outcome: Outcome | None = None
     try:
         with stop_on_signal(store, attempt):
-            pipeline = Pipeline(spec, store, identity, attempt, events, say)
+            pipeline = Pipeline(spec, store, identity, attempt, events, say, notices)
             found = pipeline.execute()
             ensure_newest(store, attempt)
             outcome = commit_outcome(store, found)
         events.append("outcome", state=outcome.state, reason=outcome.reason)
         end_attempt(store, attempt, state=outcome.state, reason=outcome.reason)
+        notices.ended(outcome)
         return outcome
     except RunError as e:
         ensure_newest(store, attempt)
         outcome = commit_outcome(store, Outcome.failed(identity.run_id, attempt=attempt.number, reason=str(e)))
         _record_end(store, attempt, events, e)
+        notices.ended(outcome)
         return outcome
     except BaseException as e:
         _record_end(store, attempt, events, e)
+        if is_the_last(e, store, identity.run_id, allowance):
+            notices.attempt_failed(attempt.number, e)
         raise
     finally:
         events.close()
+        if outcome is not None:
+            leave_report(store, identity.run_id)
 
 
 @dataclass
@@ -129,6 +146,7 @@ class Pipeline:
     attempt: Attempt
     events: EventLog
     say: Callable[[str], None]
+    notices: Notices
 
     base: BaseContext | None = None
     """The pretrained model, once it is in the store."""
@@ -230,7 +248,8 @@ class Pipeline:
             total_steps=steps,
             base=self.base.manifest.fingerprint if self.base is not None else "",
         )
-        fit(job, self.identity.run_id, say=self.say, note=self.events.append)
+        stalled = partial(self.notices.stalled, self.attempt.number)
+        fit(job, self.identity.run_id, say=self.say, note=self.events.append, stalled=stalled)
         if read_outcome(self.store, self.identity.run_id) is None and self._last_step(steps) is None:
             done = committed_steps(self.store, self.identity.run_id)
             ensure_newest(self.store, self.attempt)
@@ -343,6 +362,7 @@ def _record_spec(store: Store, spec: RunSpec, identity: RunIdentity) -> None:
     facts = {
         "spec": spec.model_dump(mode="json"),
         "run_id": identity.run_id,
+        "edition": identity.edition,
         "dataset_fingerprint": identity.dataset_fingerprint,
         "code_digest": identity.code_digest,
         "base_fingerprint": identity.base.fingerprint if identity.base is not None else "",

@@ -34,6 +34,7 @@ class Pulse:
 
     Args:
         link: None lets the pulse go unheard.
+        group: this group's number within its attempt.
         first_step: the first that this group trains, counted from 1.
         die: called where the watchdog found this rank stuck.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +27,14 @@ from orchestrator.store.attempts import ensure_newest, ensure_newest_group, newe
 from workloads.activations import checkpoint_activations
 from workloads.engine import Engine
 from workloads.feed import open_feed
+from workloads.flops import flops_per_token
 from workloads.in_run_evaluation import open_evaluation
 from workloads.loop import End, Loop, NotFinite
+from workloads.metrics import Listener, train_metrics
 from workloads.observer import observed, preempted_nodes
 from workloads.pretrained_model import origin_of
 from workloads.pulse import Link, RayLink, beating
-from workloads.tasks import task_of
+from workloads.tasks import Task, task_of
 from workloads.tasks.base_context import base_context
 
 logger = logging.getLogger(__name__)
@@ -63,14 +66,14 @@ def train(
     rank: int,
     world_size: int,
     device: torch.device,
-    on_step: Callable[[dict[str, float]], None] = lambda _: None,
-    on_look: Callable[[dict[str, float]], None] = lambda _: None,
+    on_event: Listener = lambda *_: None,
     link: Link | None = None,
     preempted: Callable[[], frozenset[str]] = frozenset,
 ) -> End:
     """Train from the newest committed checkpoint to the last step. Every rank calls it with torch.distributed set up.
 
     Args:
+        on_event: told of the events of this rank, which are rank 0's to record.
         link: to the watchdog that notices a hang; None trains unwatched.
         preempted: the nodes of this group that are about to be taken away, by id.
 
@@ -79,7 +82,7 @@ def train(
         a number, on all ranks alike. RunError: another fault that a retry does not change.
         StoreError, IntegrityError: the data or a checkpoint is unusable.
     """
-    spec, store, attempt = job.spec, open_store(job.store), job.attempt_claim()
+    spec, store, attempt, started_s = job.spec, open_store(job.store), job.attempt_claim(), time.time()
     require_ours(store, attempt, rank=rank)
     manifest = read_manifest(store, *job.dataset)
     base = base_context(spec, store, job.base)
@@ -91,16 +94,19 @@ def train(
     model = task.build_model()
     if spec.train.activation_checkpointing:
         checkpoint_activations(model)
+    facts = _facts(model, task, device)
     origin = origin_of(model, base.manifest) if base is not None else None
     unfilled = origin.tensors if origin is not None else ()
     engine = Engine(model, train=spec.train, split=split, precision=precision, device=device, unfilled=unfilled)
     del model
     evaluation = open_evaluation(spec, store, manifest, task, split, rank=rank, engine=engine)
     group = _claim_group(store, attempt, rank=rank)
+    loading_s = time.perf_counter()
     resumed = _load(spec, store, job.run_id, engine, origin, rank=rank)
+    facts |= {"started_s": round(started_s, 3), "load_s": round(time.perf_counter() - loading_s, 3)}
     try:
         with (
-            observed(store, group, rank=rank, preempted=preempted) as observer,
+            observed(store, group, rank=rank, preempted=preempted, on_event=on_event) as observer,
             writing(
                 CheckpointWriter(
                     store,
@@ -116,13 +122,21 @@ def train(
             ) as writer,
             beating(
                 link,
-                group=group.nonce,
+                group=str(group.number),
                 rank=rank,
                 world_size=world_size,
                 first_step=resumed.step + 1 if resumed else 1,
                 step_timeout_s=spec.train.step_timeout,
             ) as pulse,
         ):
+            observer.note(
+                "training",
+                group=group.number,
+                first_step=resumed.step if resumed else 0,
+                total_steps=job.total_steps,
+                world_size=world_size,
+                **facts,
+            )
             loop = Loop(
                 spec=spec,
                 total_steps=job.total_steps,
@@ -134,8 +148,6 @@ def train(
                 evaluation=evaluation,
                 writer=writer,
                 observer=observer,
-                on_step=on_step,
-                on_look=on_look,
                 pulse=pulse,
             )
             return loop.run(resumed)
@@ -197,6 +209,15 @@ def _load(
     return None
 
 
+def _facts(model: torch.nn.Module, task: Task, device: torch.device) -> dict[str, Any]:
+    """What the account of a run wants to know of its workers. Asked before the engine cuts the model up."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops_per_token": flops_per_token(model, sequence_length=task.context.sequence_length),
+    }
+
+
 def _has_native_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
@@ -217,18 +238,17 @@ def worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(job.spec.resources.cpus_per_worker)
         os.environ["DS_ACCELERATOR"] = "cpu"
-    record = ray_metrics(job, rank)
     try:
-        train(
-            job,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            on_step=record,
-            on_look=record,
-            link=RayLink(config["watchdog"]),
-            preempted=preempted_nodes,
-        )
+        with train_metrics(job.run_id, rank=rank) as on_event:
+            train(
+                job,
+                rank=rank,
+                world_size=world_size,
+                device=device,
+                on_event=on_event,
+                link=RayLink(config["watchdog"]),
+                preempted=preempted_nodes,
+            )
     except Fenced as e:
         logger.warning("%s", e)
     except RunError as e:
@@ -239,27 +259,3 @@ def worker(config: dict[str, Any]) -> None:
         logger.error("%s", e)
         if not isinstance(e, NotFinite):
             raise  # the other ranks know nothing of it: Ray ends the group, and the next one finds the outcome
-
-
-def ray_metrics(job: TrainJob, rank: int) -> Callable[[dict[str, float]], None]:
-    """The figures of steps and looks as Ray metrics, for the dashboard and Prometheus."""
-    if rank != 0:
-        return lambda _: None
-    from ray.util.metrics import Gauge
-
-    names = {
-        "step": "Optimizer steps done",
-        "loss": "Mean loss of the step, nats per target",
-        "eval_loss": "Loss on the held-out split while training, nats per target",
-        "learning_rate": "Learning rate of the step",
-        "grad_norm": "Global gradient norm before clipping",
-        "tokens_per_s": "Tokens trained per second, over all workers",
-        "step_s": "Seconds of the step",
-    }
-    gauges = {name: Gauge(f"headway_train_{name}", description=text, tag_keys=("run",)) for name, text in names.items()}
-
-    def record(figures: dict[str, float]) -> None:
-        for name in gauges.keys() & figures.keys():
-            gauges[name].set(figures[name], tags={"run": job.run_id})
-
-    return record

@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 logger = logging.getLogger(__name__)
 MIN_BEAT_S, MAX_BEAT_S = 0.2, 5.0
 BEATS_PER_TIMEOUT = 20
+MISSED_BEATS = 2.5  # after which a rank is held to have fallen silent, of a group that is over anyway
 WARM_UP_FACTOR = 3  # a group's first step compiles kernels, fills caches and connects the ranks
 DEATH_NOTICE_S = 0.5  # Ray tells of a dead actor at once; a frozen one does not answer at all
 ANSWER_TIMEOUT_S = 30.0  # for a call to the watchdog
@@ -112,6 +113,29 @@ def judge(beats: Iterable[Seen], now_s: float, step_timeout_s: float) -> tuple[H
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A group that is over before its training was."""
+
+    group: str
+    rank: int | None
+    """That fell silent first; None where none did so long before the others that it can be told."""
+    place: Place
+    """Of that rank, else of the one that was furthest."""
+    ago_s: float
+    """How long ago it fell silent."""
+
+
+def lost_group(group: str, seen: Collection[Seen], now_s: float, step_timeout_s: float) -> Lost:
+    """What is known of a group at the moment that it is over: of the ranks that did not leave it in peace."""
+    first = min(seen, key=lambda each: each.at_s)
+    if now_s - first.at_s > MISSED_BEATS * beat_s(step_timeout_s):
+        return Lost(group=group, rank=first.beat.rank, place=first.beat.place, ago_s=now_s - first.at_s)
+    # A rank that failed told so at once, and no other was missed before: whichever died, died just now.
+    furthest = max((each.beat.place for each in seen), key=lambda place: place.progress)
+    return Lost(group=group, rank=None, place=furthest, ago_s=0.0)
+
+
 def _limit(beat: Beat, seconds: float) -> float:
     return seconds * WARM_UP_FACTOR if beat.warming_up else seconds
 
@@ -128,11 +152,21 @@ def describe(hung: tuple[Hung, ...]) -> str:
     return f"no progress of {who} for {first.seconds:.1f} s: {where}{together}"
 
 
+class LastStep(NamedTuple):
+    """The last change of step that a rank told of."""
+
+    step: int
+    """Counted from 1; 0 before any rank has begun."""
+    ago_s: float
+    """Since then, or since training was to begin."""
+
+
 @dataclass
 class _Group:
     """One start of the workers."""
 
     id: str = ""
+    """Its number within the attempt."""
     seen: dict[int, Seen] = field(default_factory=dict)
     workers: dict[int, Any] = field(default_factory=dict)
     """Handles of Ray's actors, by rank."""
@@ -147,23 +181,33 @@ class Watchdog:
         self._step_timeout_s, self._clock = step_timeout_s, clock
         self._group = _Group()
         self._over = {self._group.id}
+        self._lost: list[tuple[float, Lost]] = []
+        """With when each was noticed."""
         self._looked_s = clock()
+        self._step, self._stepped_s = 0, clock()
 
     def join(self, group: str, rank: int, worker: Any) -> None:
         """A rank begins, of a new group or of the present one; its first beat follows."""
         if group in self._over:
             return
         if group != self._group.id:
-            self._over.add(self._group.id)
-            self._group = _Group(group)
+            self._replace(_Group(group))
         self._group.workers[rank] = worker
 
     def beat(self, group: str, beat: Beat) -> bool:
         """Note a beat. Returns whether the rank has to end itself: it was found hung, and that has been told."""
         if group != self._group.id:
             return False
+        before = self._group.seen.get(beat.rank)
+        if before is not None and before.beat.place.step != beat.place.step:
+            self._stepped_s = self._clock()
+        self._step = beat.place.step
         self._group.seen[beat.rank] = Seen(beat=beat, at_s=self._clock())
         return beat.rank in self._group.condemned
+
+    def last_step(self) -> LastStep:
+        """When a rank last went from one step to another. A group that is restarted and comes no further makes none."""
+        return LastStep(self._step, self._clock() - self._stepped_s)
 
     def condemn(self, group: str, ranks: dict[int, Reason]) -> None:
         """Have these ranks end themselves, and find them no more. Not done by :meth:`look`: the driver first checks and
@@ -183,10 +227,19 @@ class Watchdog:
         """Judge this group no more."""
         self._over.add(group)
         if group == self._group.id:
-            self._group = _Group()
+            self._replace(_Group())
+
+    def _replace(self, group: _Group) -> None:
+        """Begin another group. The one before is lost, unless all of its ranks have left it in peace."""
+        self._over.add(self._group.id)
+        if self._group.seen:
+            now_s = self._clock()
+            lost = lost_group(self._group.id, self._group.seen.values(), now_s, self._step_timeout_s)
+            self._lost.append((now_s, lost))
+        self._group = group
 
     def look(self) -> Found:
-        """Who hangs and is not condemned yet."""
+        """Who hangs and is not condemned yet, and which groups were lost since the last look."""
         now_s = self._clock()
         if now_s - self._looked_s > silent_after_s(self._step_timeout_s) - 2 * beat_s(self._step_timeout_s):
             # It is the one who looks that was frozen, not the ranks: their beats may lie here unread.
@@ -197,7 +250,17 @@ class Watchdog:
             for each in judge(self._group.seen.values(), now_s, self._step_timeout_s)
             if self._group.condemned.get(each.beat.rank) not in (each.reason, "silent")
         ]
-        return Found(self._group.id, tuple(hung), tuple(self._group.workers[each.beat.rank] for each in hung))
+        workers = tuple(self._group.workers[each.beat.rank] for each in hung)
+        return Found(self._group.id, tuple(hung), workers, self._take_lost())
+
+    def end(self) -> tuple[Lost, ...]:
+        """The attempt's training is over. The groups that were lost and not told of yet."""
+        self._replace(_Group())
+        return self._take_lost()
+
+    def _take_lost(self) -> tuple[Lost, ...]:
+        now_s, lost, self._lost = self._clock(), self._lost, []
+        return tuple(replace(each, ago_s=each.ago_s + now_s - noticed_s) for noticed_s, each in lost)
 
 
 class Found(NamedTuple):
@@ -207,6 +270,7 @@ class Found(NamedTuple):
     hung: tuple[Hung, ...]
     workers: tuple[Any, ...]
     """The hung ranks' actors, in the same order."""
+    lost: tuple[Lost, ...] = ()
 
 
 # -- on the driver
@@ -235,6 +299,8 @@ def guarded(step_timeout_s: float, *, say: Callable[[str], None], note: Callable
     finally:
         closed.set()
         thread.join()
+        with suppress(ray.exceptions.RayError):
+            _note_lost(ray.get(watchdog.end.remote(), timeout=ANSWER_TIMEOUT_S), note)
         ray.kill(watchdog)
 
 
@@ -247,12 +313,26 @@ def _guard(
     while not closed.wait(every_s):
         try:
             found: Found = ray.get(watchdog.look.remote(), timeout=ANSWER_TIMEOUT_S)
+            _note_lost(found.lost, note)
             if found.hung:
                 _act(watchdog, found, say, note)
         except ray.exceptions.RayError as e:
             if not warned:
                 logger.warning("The watchdog cannot be reached; training goes on, and a hang may go unseen: %s", e)
             warned = True
+
+
+def _note_lost(lost: tuple[Lost, ...], note: Callable[..., None]) -> None:
+    """Record where groups were when they were lost: up to 10 s of their own events never reached the store."""
+    for each in lost:
+        note(
+            "group_lost",
+            group=int(each.group),
+            rank=each.rank,
+            step=each.place.step,
+            phase=each.place.phase,
+            heard_s=round(time.time() - each.ago_s, 3),
+        )
 
 
 def _act(watchdog: Any, found: Found, say: Callable[[str], None], note: Callable[..., None]) -> None:

@@ -38,17 +38,18 @@ def find_store(uri: str | None, *, patience: Patience = PROMPT) -> Store:
     return open_store(uri, patience=patience)
 
 
-def find_target(name: str, store_uri: str | None) -> Target[Any]:
+def find_target(name: str, store_uri: str | None, *, patience: Patience = PROMPT) -> Target[Any]:
     """The target that ``--target`` names.
 
     Args:
         store_uri: of ``--store``, for a target that keeps code and logs in the store.
+        patience: with that store.
 
     Raises:
         EnvironmentUnusable: local, and no stack runs here; or no cluster can be found. UsageError: no such kind of
         target. SpecError: the target's settings say something that is not allowed.
     """
-    return find_kubernetes(name, store_uri) if is_kubernetes(name) else find_ray(name)
+    return find_kubernetes(name, store_uri, patience=patience) if is_kubernetes(name) else find_ray(name)
 
 
 def find_ray(name: str) -> JobsApiTarget:
@@ -67,14 +68,16 @@ def is_kubernetes(name: str) -> bool:
     return name.partition(":")[0] == KUBERNETES
 
 
-def find_kubernetes(name: str, store_uri: str | None) -> KubernetesTarget:
+def find_kubernetes(name: str, store_uri: str | None, *, patience: Patience = PROMPT) -> KubernetesTarget:
     """The Kubernetes cluster of a ``kubernetes`` or ``kubernetes:PATH`` target."""
     from orchestrator.targets.kubernetes.client import KubernetesClient
     from orchestrator.targets.kubernetes.target import KubernetesTarget
 
     settings = kubernetes_settings(name)
     client = KubernetesClient(settings.namespace, context=settings.context)
-    return KubernetesTarget(settings, lambda: find_store(store_uri), client=client, flag=f" --target {name}")
+    return KubernetesTarget(
+        settings, lambda: find_store(store_uri, patience=patience), client=client, flag=f" --target {name}"
+    )
 
 
 def kubernetes_settings(name: str) -> TargetSettings:

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.commands.context import find_store, find_target
 from orchestrator.commands.show import resolve_run, resolve_submitted
-from orchestrator.commands.submit import in_flight
+from orchestrator.commands.submit import Flight, in_flight
 from orchestrator.errors import HeadwayError, TimedOut, UsageError
 from orchestrator.record.logs import LogReader
 from orchestrator.release.outcome import read_outcome
@@ -73,13 +73,7 @@ def stop_run(run_id: str, store: Store, cluster: Target[Any], *, timeout_s: floa
     if flight is None:
         return {"run_id": run_id, "state": "idle"}, f"{run_id} is not running."
     job, number = flight.job, flight.attempt
-    status = cluster.find(job)
-    if status is not None and status.hopeless:
-        cluster.stop(job)
-    elif flight.claimed:
-        request_stop(store, run_id, number, reason="headway stop")
-    else:  # a request would outlive the job and stop whoever claims the number later
-        cluster.stop(job)
+    ask_to_stop(run_id, flight, store, cluster, reason="headway stop")
     reporter.say(f"{run_id} is asked to save and end …")
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -96,3 +90,12 @@ def stop_run(run_id: str, store: Store, cluster: Target[Any], *, timeout_s: floa
         f"{run_id} did not end within {timeout_s:.0f} s; its job is being ended now.",
         next_step="Submitting it again goes on from the last checkpoint.",
     )
+
+
+def ask_to_stop(run_id: str, flight: Flight, store: Store, cluster: Target[Any], *, reason: str) -> None:
+    """Ask the job that works on a run to save and end; one that has not begun is ended at once."""
+    status = cluster.find(flight.job)
+    if flight.claimed and not (status is not None and status.hopeless):
+        request_stop(store, run_id, flight.attempt, reason=reason)
+    else:  # a request would outlive the job and stop whoever claims the number later
+        cluster.stop(flight.job)

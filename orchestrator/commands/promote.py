@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import re
-import socket
 from collections.abc import Callable, Sequence
 
 from orchestrator.commands.context import find_store
+from orchestrator.commands.sender import caller
 from orchestrator.document import NAME
 from orchestrator.errors import AlreadyExists, IntegrityError, StoreError, UsageError
 from orchestrator.release import channels
@@ -18,7 +16,6 @@ from orchestrator.release.way_back import InForce, Verdicts, in_force, step_back
 from orchestrator.reporter import Reporter, Result
 from orchestrator.spec import MAX_NAME
 from orchestrator.store import Store, layout
-from orchestrator.store.client import caller_arn
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)(%?)")
 _TRIES = 5  # of finding the channel unchanged
@@ -126,21 +123,6 @@ def share(text: str) -> float:
             next_step="Write --canary 10%, or --canary 0.1.",
         )
     return value
-
-
-def caller() -> str:
-    """Who asks: the identity that AWS knows these credentials by, else this machine's user."""
-    try:
-        arn = caller_arn()
-    except StoreError:  # no AWS behind these credentials, or no way to it
-        arn = None
-    if arn is not None:
-        return arn
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container whose user has no name
-        user = f"uid {os.getuid()}"
-    return f"{user}@{socket.gethostname()}"
 
 
 _Decide = Callable[[Sequence[ChannelEntry], Verdicts], tuple[int, Canary | None, str] | None]

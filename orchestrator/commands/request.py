@@ -26,8 +26,19 @@ class Prepared:
     package: Package
 
 
-def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target[Any], *, directory: Path) -> Prepared:
+def build_request(
+    spec: RunSpec,
+    run_file: Path,
+    store: Store,
+    target: Target[Any],
+    *,
+    directory: Path,
+    identity: RunIdentity | None = None,
+) -> Prepared:
     """What would be sent now: the job, and the working directory ``directory``, which must hold the run file.
+
+    Args:
+        identity: of the run, where it was found out before.
 
     Raises:
         SpecError: the run file lies outside the working directory. Besides, all that identifying the run raises.
@@ -39,7 +50,7 @@ def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target[An
             f"The run file {run_file} lies outside the working directory {directory}, which is what is sent.",
             next_step="Change to a directory that holds it.",
         ) from e
-    identity = identify(spec, store, directory)
+    identity = identity or identify(spec, store, directory)
     packed = package(directory)
     attempt = newest_attempt(store, identity.run_id) + 1
     request = target.render(
@@ -48,6 +59,7 @@ def build_request(spec: RunSpec, run_file: Path, store: Store, target: Target[An
             attempt=attempt,
             repeat=free_repeat(target, identity.run_id, attempt),
             run_file=relative.as_posix(),
+            edition=identity.edition,
             version=__version__,
             package_digest=packed.digest,
             store_uri=store.uri,

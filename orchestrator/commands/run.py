@@ -36,6 +36,7 @@ def run(
     attempts: Attempts | None,
     reporter: Reporter,
     *,
+    edition: int | None = None,
     await_end: Callable[[], object] = lambda: time.sleep(_END_S),
 ) -> Result:
     """Bring the run to its outcome on the Ray cluster that this process is part of.
@@ -43,15 +44,16 @@ def run(
     Args:
         attempts: given where a failed job is started again on a new cluster, as by KubeRay. Then this ends with 0
             wherever another start would change nothing; what the run came to is read in the store.
+        edition: of the run; None is the newest that the store knows.
         await_end: waits for the end of this pod, with all of its processes. A job that ended before it would count as
             failed, while one whose head is gone is started again and does not count.
     """
     if attempts is None:
-        outcome = _run(run_file, store_uri, None, reporter)
+        outcome = _run(run_file, store_uri, None, edition, reporter)
         outcome.raise_unless_done()
     else:
         try:
-            outcome = _run(run_file, store_uri, attempts, reporter)
+            outcome = _run(run_file, store_uri, attempts, edition, reporter)
         except HeadwayError as e:
             if isinstance(e, Displaced):
                 reporter.error(e)
@@ -70,7 +72,9 @@ def _would_go_on_elsewhere(error: HeadwayError) -> bool:
     return isinstance(error, Displaced) or not isinstance(error, final)
 
 
-def _run(run_file: Path, store_uri: str | None, attempts: Attempts | None, reporter: Reporter) -> Outcome:
+def _run(
+    run_file: Path, store_uri: str | None, attempts: Attempts | None, edition: int | None, reporter: Reporter
+) -> Outcome:
     spec = load(run_file)
     store = find_store(store_uri, patience=PATIENT)
     try:
@@ -84,6 +88,12 @@ def _run(run_file: Path, store_uri: str | None, attempts: Attempts | None, repor
     job_id = cluster.connect(reporter.say)
     allowance = Allowance(job_id=job_id, first=attempts[0], max_attempts=attempts[1]) if attempts else None
     outcome: Outcome = pipeline.run(
-        spec, store, working_directory=Path.cwd(), job_id=job_id, say=reporter.say, allowance=allowance
+        spec,
+        store,
+        working_directory=Path.cwd(),
+        job_id=job_id,
+        say=reporter.say,
+        allowance=allowance,
+        edition=edition,
     )
     return outcome

@@ -52,6 +52,18 @@ def version_facts(store: Store, model: str, number: int) -> Facts:
     return {**version.document(), "lineage": _lineage(store, version)}
 
 
+def version_number(name: str) -> int:
+    """N of ``MODEL@N``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    model, _, number = name.partition("@")
+    if not (number.isascii() and number.isdigit()):
+        raise UsageError(f"{name!r} is not MODEL@NUMBER.", next_step=f"See: headway show {model}")
+    return int(number)
+
+
 def _channel(store: Store, model: str, name: str) -> Facts:
     history = channels.history(store, model, name)
     entries, damaged = history.entries, list(history.damaged)

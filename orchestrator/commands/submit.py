@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 from orchestrator.commands.context import find_store, find_target, is_kubernetes
 from orchestrator.commands.request import build_request, free_repeat
+from orchestrator.commands.sender import caller, ci_job
 from orchestrator.commands.watch import Watched, watch
-from orchestrator.errors import SpecError, TimedOut
+from orchestrator.errors import SpecError, StoreError, TimedOut
 from orchestrator.release.outcome import Outcome, read_outcome
 from orchestrator.render import submission_id
 from orchestrator.reporter import Reporter, Result
-from orchestrator.runs import identify
+from orchestrator.runs import RunIdentity, identify
 from orchestrator.spec import RunSpec, load
-from orchestrator.store import Store
+from orchestrator.store import Store, layout
 from orchestrator.store.attempts import attempt_end, newest_attempt, read_attempt
 from orchestrator.store.probe import require_conditional_writes
 from orchestrator.targets.base import Target
@@ -73,14 +75,16 @@ def send(
     *,
     directory: Path,
     retry: bool = False,
+    identity: RunIdentity | None = None,
 ) -> Sent:
     """Submit the run unless it has an outcome or is in flight already.
 
     Args:
         retry: where it is in flight, end that job and start anew from what is committed.
+        identity: of the run, where it was found out before.
     """
     require_conditional_writes(store)
-    identity = identify(spec, store, directory)
+    identity = identity or identify(spec, store, directory)
     standing = read_outcome(store, identity.run_id)
     if standing is not None:
         reporter.say(f"{identity.run_id} is {standing.state} already; nothing is sent.")
@@ -91,10 +95,12 @@ def send(
     elif flight is not None:
         reporter.say(f"{identity.run_id} is in flight as {flight.job}; attached.")
         return Sent(run_id=identity.run_id, submission_id=flight.job, attached=True, attempt=flight.attempt)
-    prepared = build_request(spec, run_file, store, target, directory=directory)
+    prepared = build_request(spec, run_file, store, target, directory=directory, identity=identity)
     for skipped in prepared.package.skipped:
         reporter.say(f"not sent: {skipped}")
     submission = target.submit(prepared.request, prepared.package)
+    if submission.created:
+        _record(store, identity.run_id, submission.submission_id, target, reporter)
     verb = "submitted" if submission.created else "was submitted by another just now; attached"
     reporter.say(f"{identity.run_id} {verb} as {submission.submission_id}")
     return Sent(
@@ -103,6 +109,15 @@ def send(
         attached=not submission.created,
         attempt=prepared.attempt,
     )
+
+
+def _record(store: Store, run_id: str, submission_id: str, target: Target[Any], reporter: Reporter) -> None:
+    """Say in the run's record who sent it and when; the run does not depend on it."""
+    facts = {"by": caller(), "target": target.flag.rpartition(" ")[2] or "local", "ci": ci_job(os.environ)}
+    try:
+        store.create_json(layout.submission(run_id, submission_id), {"submitted_s": time.time(), **facts})
+    except StoreError as e:
+        reporter.say(f"Who sent it is not in the run's record: {e}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ class AttemptRequest:
     """Tells a submission apart from earlier ones of the same attempt number."""
     run_file: str
     """Relative to the working directory."""
+    edition: int = 0
+    """Of the run that the file describes: 0 but where the same is done anew."""
     version: str
     """Headway's own."""
     package_digest: str | None
@@ -26,6 +28,11 @@ class AttemptRequest:
     resources: ResourcesSpec = field(default_factory=ResourcesSpec)
     env: dict[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> list[str]:
+        """What the job executes."""
+        return ["headway", "run", self.run_file, *(["--edition", str(self.edition)] if self.edition else [])]
 
     @property
     def submission_id(self) -> str:

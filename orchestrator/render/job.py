@@ -34,7 +34,7 @@ def job_request(attempt: AttemptRequest) -> JobRequest:
         runtime_env["pip"] = list(attempt.resources.pip)
     return JobRequest(
         submission_id=attempt.submission_id,
-        entrypoint=shlex.join(["headway", "run", attempt.run_file]),
+        entrypoint=shlex.join(attempt.command),
         runtime_env=runtime_env,
         metadata=job_metadata(attempt),
     )

@@ -120,7 +120,7 @@ def ranks_per_pod(resources: ResourcesSpec, name: str, pool: Pool) -> int:
 
 def _entrypoint(attempt: AttemptRequest, settings: TargetSettings) -> str:
     limits = ["--first-attempt", str(attempt.attempt), "--max-attempts", str(settings.max_attempts)]
-    return shlex.join(["headway", "run", attempt.run_file, *limits])
+    return shlex.join([*attempt.command, *limits])
 
 
 def _cluster(attempt: AttemptRequest, settings: TargetSettings) -> Manifest:

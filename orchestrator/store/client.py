@@ -25,9 +25,11 @@ from botocore.config import Config
 
 from orchestrator.errors import AlreadyExists, IntegrityError, NotFound, StoreError
 
+logger = logging.getLogger(__name__)
 PART_BYTES = 16 * 2**20
 UPLOAD_CONCURRENCY = 8
 _LONGEST_WAIT_S = 20.0
+_TOLD_FROM_S = 8.0  # a wait that long comes after others: this is no hiccup
 _SETTINGS = {
     "aws_access_key_id": "AWS_ACCESS_KEY_ID",
     "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
@@ -85,6 +87,8 @@ class Patience:
 
 PATIENT = Patience(attempts=6, connect_timeout_s=5.0, read_timeout_s=60.0)
 """For programs: a server that restarts within 15 s costs them half a minute and nothing else."""
+UNATTENDED = Patience(attempts=20, connect_timeout_s=5.0, read_timeout_s=60.0)
+"""For CI: an outage of two minutes costs nothing but its time; after five at most, it is told."""
 PROMPT = Patience(attempts=3, connect_timeout_s=4.0, read_timeout_s=10.0)
 """For people: a server that is down is named within 3 s, one that swallows connections within 15 s."""
 
@@ -133,6 +137,8 @@ class Connection:
 
     def _count(self, wait_s: float | None) -> float | None:
         if wait_s is not None:
+            if wait_s >= _TOLD_FROM_S:
+                logger.warning("The S3 server at %s fails; asked again in %.0f s.", self.endpoint_url, wait_s)
             with self._lock:
                 self.num_retries += 1
         return wait_s

@@ -58,6 +58,22 @@ def outcome(run_id: str) -> str:
     return f"runs/{run_id}/outcome.json"
 
 
+def editions(run_id: str) -> str:
+    return f"runs/{run_id}/editions/"
+
+
+def edition(run_id: str, value: int) -> str:
+    return f"{editions(run_id)}{number(value)}.json"
+
+
+def submissions(run_id: str) -> str:
+    return f"runs/{run_id}/submissions/"
+
+
+def submission(run_id: str, submission_id: str) -> str:
+    return f"{submissions(run_id)}{submission_id}.json"
+
+
 def attempts(run_id: str) -> str:
     return f"runs/{run_id}/attempts/"
 
@@ -82,8 +98,20 @@ def events(run_id: str) -> str:
     return f"runs/{run_id}/events/"
 
 
+def notice(run_id: str, name: str) -> str:
+    return f"runs/{run_id}/notices/{name}.json"
+
+
 def logs(run_id: str) -> str:
     return f"runs/{run_id}/logs/"
+
+
+def report(run_id: str) -> str:
+    return f"runs/{run_id}/report.html"
+
+
+def summary(run_id: str) -> str:
+    return f"runs/{run_id}/summary.json"
 
 
 def checkpoints(run_id: str) -> str:

@@ -21,7 +21,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,12 +224,13 @@ def train_measured(job_json: str) -> Needed:
     distributed, started = torch.distributed, time.perf_counter()
     start_bytes = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
-    train(job, rank=distributed.get_rank(), world_size=WORLD_SIZE, device=torch.device("cpu"), on_step=_tell)
+    train(job, rank=distributed.get_rank(), world_size=WORLD_SIZE, device=torch.device("cpu"), on_event=_tell)
     return Needed(start_bytes=start_bytes, peak_bytes=resident("VmHWM"), seconds=time.perf_counter() - started)
 
 
-def _tell(figures: dict[str, float]) -> None:
-    say(f"    step {figures['step']:.0f}, {figures['step_s']:.1f} s, peak so far {resident('VmHWM') / 1e6:.0f} MB")
+def _tell(kind: str, figures: Mapping[str, Any]) -> None:
+    if kind == "step":
+        say(f"    step {figures['step']:.0f}, {figures['step_s']:.1f} s, peak so far {resident('VmHWM') / 1e6:.0f} MB")
 
 
 def resident(what: str) -> int:

@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def interleaved(config: dict[str, Any]) -> None:
     """One worker: Headway's loop, and after each block of its steps as many of the bare loop's."""
     import ray.train
 
-    from workloads.train import TrainJob, ray_metrics, train
+    from workloads.metrics import TrainMetrics
+    from workloads.train import TrainJob, train
 
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -136,18 +138,18 @@ def interleaved(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     bare = BareLoop(job, rank=rank, world_size=world_size)
     blocks: list[tuple[float, float]] = []
-    metrics = ray_metrics(job, rank)
+    metrics = TrainMetrics(job.run_id) if rank == 0 else lambda *_: None
     clock = {"started": 0.0}
 
-    def on_step(figures: dict[str, float]) -> None:
-        metrics(figures)
-        if figures["step"] % config["block_steps"] == 0:
+    def on_event(kind: str, figures: Mapping[str, Any]) -> None:
+        metrics(kind, figures)
+        if kind == "step" and figures["step"] % config["block_steps"] == 0:
             headway_s = time.perf_counter() - clock["started"]
             blocks.append((headway_s, bare.block(config["block_steps"])))
             clock["started"] = time.perf_counter()
 
     clock["started"] = time.perf_counter()
-    train(job, rank=rank, world_size=world_size, device=torch.device("cpu"), on_step=on_step)
+    train(job, rank=rank, world_size=world_size, device=torch.device("cpu"), on_event=on_event)
     if rank == 0:
         Path(config["out"]).write_text(json.dumps(blocks))
 

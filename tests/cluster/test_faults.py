@@ -15,6 +15,8 @@ from tests.cluster.installed import Installed
 from tests.cluster.layout import NAMESPACE
 from tests.cluster.runs import STEPS, Submitted, submit
 
+pytestmark = pytest.mark.full
+
 EVERY = 20
 
 

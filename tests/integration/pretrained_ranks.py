@@ -202,7 +202,7 @@ def _train(job: str, on_step: Callable[[dict[str, float]], None]) -> None:
         rank=distributed.get_rank(),
         world_size=distributed.get_world_size(),
         device=torch.device("cpu"),
-        on_step=on_step,
+        on_event=lambda kind, figures: on_step(dict(figures)) if kind == "step" else None,
     )
 
 

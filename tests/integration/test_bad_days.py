@@ -307,6 +307,7 @@ def test_a_loss_that_is_no_number_ends_the_run_for_good(days: Days, clean: dict[
     assert newest_attempt(days.store, run_id) == 1
 
 
+@pytest.mark.full
 def test_a_damaged_last_checkpoint_is_trained_again(days: Days, clean: dict[str, Any]) -> None:
     run_file = days.write("damaged")
     run_id = days.headway("submit", run_file, "--json").assert_done().json["run_id"]
@@ -399,6 +400,7 @@ def test_a_killed_driver_means_the_next_attempt(days: Days, clean: dict[str, Any
     assert [event["first_step"] >= step for event in resumed] == [True]
 
 
+@pytest.mark.full
 def test_a_store_that_hangs_for_a_while_is_waited_for(days: Days, clean: dict[str, Any]) -> None:
     run_id = days.run_of("killed")
     (step, *_) = committed_steps(days.store, run_id)
@@ -413,6 +415,7 @@ def test_a_store_that_hangs_for_a_while_is_waited_for(days: Days, clean: dict[st
     assert len([event for event in days.events(run_id, "training") if event["attempt"] == 2]) == 1
 
 
+@pytest.mark.full
 def test_a_killed_store_loses_nothing_that_was_committed(days: Days, clean: dict[str, Any]) -> None:
     run_id = days.run_of("killed")
     watching = days.start("submit", "killed.yaml", "--json")

@@ -22,6 +22,7 @@ from orchestrator.checkpoint.save import CheckpointWriter
 from orchestrator.dataset.format import DatasetManifest, Shard, Split, Tokenizer
 from orchestrator.errors import Fenced, SpecError
 from orchestrator.record import EventLog
+from orchestrator.record.report import leave_report
 from orchestrator.release import channels
 from orchestrator.release.channels import ChannelStatus
 from orchestrator.release.outcome import Outcome, commit_outcome
@@ -164,12 +165,11 @@ def test_an_empty_store_says_so(run: Cli) -> None:
 
 
 def test_list(run: Cli, filled: Store) -> None:
-    assert run("list", "--json").assert_done().json == {
-        "runs": [
-            {"run": STOPPED, "state": "stopped", "attempts": 1, "checkpoint": 3, "eval_loss": None, "version": None},
-            {"run": DONE, "state": "done", "attempts": 2, "checkpoint": 8, "eval_loss": 2.5, "version": "tiny-lm@1"},
-        ]
-    }
+    names = ("run", "state", "attempts", "steps", "eval_loss", "version")
+    assert [tuple(row[name] for name in names) for row in run("list", "--json").assert_done().json["runs"]] == [
+        (STOPPED, "stopped", 1, 3, None, None),
+        (DONE, "done", 2, 8, 2.5, "tiny-lm@1"),
+    ]
     assert run("list", "models", "--json").assert_done().json == {
         "models": [{"version": "tiny-lm@1", "run": DONE, "eval_loss": 2.5, "channels": "production"}]
     }
@@ -200,6 +200,50 @@ def damage(store: Store, step: int, name: str) -> Folder:
     data[-1] ^= 1
     store.upload(folder.prefix + name, bytes(data))
     return folder
+
+
+# -- the report
+
+
+def test_a_run_that_left_its_summary_is_listed_by_it(run: Cli, filled: Store) -> None:
+    leave_report(filled, DONE)
+    row = next(row for row in run("list", "--json").assert_done().json["runs"] if row["run"] == DONE)
+    assert (row["state"], row["steps"], row["eval_loss"], row["version"]) == ("done", 8, 2.5, "tiny-lm@1")
+    assert row["wall_s"] > 0
+    assert 0 <= row["goodput"] <= 1
+    assert b"tiny-lm@1" in filled.get(layout.report(DONE))
+
+
+def test_a_report_is_written_beside_or_where_it_is_asked_for(run: Cli, filled: Store, tmp_path: Path) -> None:
+    assert f"{DONE}.html" in run("report", "tiny").assert_done().out
+    assert (tmp_path / f"{DONE}.html").read_text().startswith("<!doctype html>")
+    said = run("report", DONE, "--out", "r.html", "--json").assert_done().json
+    assert said["report"] == str(tmp_path / "r.html")
+    assert (said["state"], said["evaluation"]["loss"], said["version"]) == ("done", 2.5, "tiny-lm@1")
+    markdown = run("report", DONE, "--markdown").assert_done().out
+    assert markdown.startswith(f"## ✓ Done: {DONE}\n")
+    assert len(list(tmp_path.iterdir())) == 2
+    run("report", DONE, "--out", "no/where.html").assert_refused(4, "no/where.html").assert_next_step("--out")
+    run("report", "nope").assert_refused(2, "no run 'nope'")
+
+
+def test_two_runs_side_by_side(run: Cli, filled: Store) -> None:
+    found = run("show", DONE, STOPPED, "--json").assert_done().json
+    assert found["names"] == [DONE, STOPPED]
+    assert found["figures"]["state"] == ["done", "stopped"]
+    assert found["evaluation"]["loss"] == [2.5, None]
+    assert found["run file"]["train.steps"] == [200, 200]
+    text = run("show", DONE, STOPPED).assert_done().out
+    assert "run file: the same" in text
+    assert "12.2" in text
+
+
+def test_two_versions_side_by_side(run: Cli, filled: Store) -> None:
+    found = run("show", "tiny-lm@1", "tiny-lm@1", "--json").assert_done().json
+    assert found["came from"]["run_id"] == [DONE, DONE]
+    assert "came from: the same" in run("show", "tiny-lm@1", "tiny-lm@1").assert_done().out
+    run("show", "tiny-lm@1", DONE).assert_refused(2, "are a version and a run").assert_next_step("MODEL@1 MODEL@2")
+    run("show", "tiny-lm@1", "tiny-lm@7").assert_refused(2, "no version tiny-lm@7")
 
 
 # -- verify and export

@@ -171,6 +171,7 @@ def test_a_chat_model_is_tuned_by_an_adapter_that_serves(
     assert answer == whole.choices[0].message.content
 
 
+@pytest.mark.full
 def test_a_classifier_is_tuned_and_gated(
     stack: Stack, headway: Headway, submit: Submit, stack_store: Store, bucket: Store, tmp_path: Path
 ) -> None:

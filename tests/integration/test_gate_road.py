@@ -53,6 +53,7 @@ def write(directory: Path, name: str, *, steps: int, learning_rate: float = 3e-3
     return f"{name}.yaml"
 
 
+@pytest.mark.full
 def test_a_model_must_surely_beat_what_is_in_force(stack: Stack, store: Store, tmp_path: Path) -> None:
     put_corpus(store.at(store.bucket, "gate-corpus"))
 

@@ -25,6 +25,8 @@ from orchestrator.targets.stack import Stack
 from tests.command_line import BIN
 from tests.tiny_run import TINY_LLAMA
 
+pytestmark = pytest.mark.full
+
 JOB = "hanging"
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 STEP_TIMEOUT_S = 10.0

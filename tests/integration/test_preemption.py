@@ -62,6 +62,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     assert processes.wait_until(condition, timeout_s=WAIT_S, ended=lambda: False), what
 
 
+@pytest.mark.full
 def test_a_preemption_notice_is_one_checkpoint_and_the_run_goes_on_without_the_node(store: Store, cluster: Any) -> None:
     make_dataset(store)
     resources = ResourcesSpec(workers=Workers(min=1, max=2), max_failures=0)

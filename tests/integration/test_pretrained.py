@@ -95,7 +95,7 @@ PLACES = [(0, 1), (0, 2), (1, 2), (2, 2), (3, 2), (3, 1)]
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_losses_are_those_of_a_plain_loop_at_every_stage(
     store: Store, ranks: dict[int, Ranks], request: pytest.FixtureRequest, model: str, lora: dict[str, Any] | None
 ) -> None:
@@ -144,7 +144,7 @@ def test_an_adapter_resumes_at_other_stages_and_sizes(store: Store, ranks: dict[
         assert_close(found, unbroken, 1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2)), 3])
 def test_an_adapter_goes_on_after_its_ranks_were_killed(
     store: Store, ranks: dict[int, Ranks], llama: Path, stage: int
 ) -> None:
@@ -193,7 +193,7 @@ def logits_of(model: torch.nn.Module) -> np.ndarray[Any, Any]:
     return found
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_merged_and_unmerged_logits_agree(
     store: Store, ranks: dict[int, Ranks], tmp_path: Path, request: pytest.FixtureRequest, model: str
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_canary_that_answers_nan_is_rejected_and_no_client_sees_it(world: Worl
     assert set(load.versions) == {f"{MODEL}@{serving}"}
 
 
+@pytest.mark.full
 def test_a_version_that_is_far_too_slow_is_rejected(world: World) -> None:
     serving = world.status().serving
     assert serving is not None

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -156,7 +156,9 @@ def run_training(rank: int, size: int, job: dict[str, Any], break_at: int, stop_
 
     losses: dict[int, float] = {}
 
-    def on_step(figures: dict[str, float]) -> None:
+    def on_event(kind: str, figures: Mapping[str, Any]) -> None:
+        if kind != "step":
+            return
         step = int(figures["step"])
         losses[step] = figures["loss"]
         if step == stop_at:
@@ -168,7 +170,7 @@ def run_training(rank: int, size: int, job: dict[str, Any], break_at: int, stop_
     KeptModel.engines.clear()
     try:
         parsed = TrainJob.model_validate(job)
-        end = train(parsed, rank=rank, world_size=size, device=torch.device("cpu"), on_step=on_step)
+        end = train(parsed, rank=rank, world_size=size, device=torch.device("cpu"), on_event=on_event)
     except Broken:
         pass
     return Trained(end=end, losses=losses, logits=_logits())

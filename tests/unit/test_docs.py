@@ -224,7 +224,7 @@ def test_files_named_in_prose_exist(path: Path) -> None:
 def test_every_object_of_the_layout_is_in_the_picture() -> None:
     picture = next(text for language, text in fences(ROOT / "docs" / "concepts.md") if "runs/<run-id>" in text)
     words = {"run_id": "<run-id>", "name": "<name>", "model": "<model>", "fingerprint": "<fingerprint>"}
-    words["digest"] = "<digest>"
+    words |= {"digest": "<digest>", "submission_id": "<submission-id>"}
     for name, function in inspect.getmembers(layout, inspect.isfunction):
         parameters = inspect.signature(function).parameters
         if name in ("number", "last_number"):

@@ -333,13 +333,21 @@ def test_the_releaser_appends_to_channels_and_nothing_else() -> None:
     assert not may("releaser", GET, ARN + layout.run_spec(RUN))
 
 
-def test_the_server_writes_its_status_and_sees_no_run() -> None:
+def test_the_server_writes_its_status_and_sees_of_a_run_its_run_file() -> None:
     assert may("server", PUT, ARN + STATUS, OVER)
     for key in (*CREATED_BY_TRAINER, WEIGHTS, ENTRY, CODE):
         assert not may("server", PUT, ARN + key, ONCE), key
-    assert all(may("server", GET, ARN + key) for key in (WEIGHTS, ENTRY, STATUS, CODE))
-    assert not may("server", GET, ARN + layout.run_spec(RUN))
-    assert not may("server", GET, ARN + DATASET)
+    assert all(may("server", GET, ARN + key) for key in (WEIGHTS, ENTRY, STATUS, CODE, layout.run_spec(RUN)))
+    for key in (DATASET, SHARD, layout.outcome(RUN), f"{layout.events(RUN)}00002-nonce/00001.jsonl"):
+        assert not may("server", GET, ARN + key), key
+
+
+def test_who_notifies_claims_the_notice_and_the_server_its_own_alone() -> None:
+    rejected, done = layout.notice(RUN, "rejected-00001-production"), layout.notice(RUN, "done")
+    for role, key in (("server", rejected), ("trainer", done), ("trainer", rejected)):
+        assert may(role, PUT, ARN + key, ONCE)
+        assert not may(role, PUT, ARN + key, OVER)
+    assert not may("server", PUT, ARN + done, ONCE)
 
 
 def test_a_submitter_sends_code_and_asks_to_stop() -> None:

@@ -183,6 +183,19 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"release.model": "Code LM"}, 'release.model: "Code LM" is refused: may hold only a-z'),
     ({"release.model": GONE}, "release.model: missing"),
     ({"release.channel": "a" * 32}, "release.channel"),
+    ({"notify": {}}, "notify: needs exactly one of webhook (an address) and webhook_env"),
+    ({"notify": {"webhook": "https://a.example", "webhook_env": "HOOK"}}, "notify: needs exactly one of webhook"),
+    ({"notify": {"webhook": "http://a.example/hook"}}, "must be an https:// address; http:// is for"),
+    ({"notify": {"webhook": "http://localhost.example/"}}, "must be an https:// address; http:// is for"),
+    ({"notify": {"webhook": "file:///etc/passwd"}}, "must be an https:// address; http:// is for"),
+    ({"notify": {"webhook": "https://"}}, "must be an https:// address; http:// is for"),
+    ({"notify": {"webhook_env": "MY HOOK"}}, "notify.webhook_env"),
+    ({"notify": {"webhook_env": "HOOK", "events": []}}, "notify.events"),
+    ({"notify": {"webhook_env": "HOOK", "events": ["ended"]}}, "notify.events.0"),
+    (
+        {"notify": {"webhook_env": "HOOK", "stalled_minutes": 0}},
+        "notify.stalled_minutes: 0 is refused: must be above 0",
+    ),
 ]
 
 
@@ -295,6 +308,7 @@ def _id(changes: dict[str, Any] | None = None, *, fingerprint: str = "f" * 16, c
         {"gate.max_loss": 3.0},
         {"gate.must_beat_serving": False, "release": GONE},
         {"release.channel": "staging"},
+        {"notify": {"webhook": "http://127.0.0.1:9/hook"}},
         {"checkpoint.every_steps": 7},
         {"resources.workers": {"min": 1, "max": 4}},
         {"resources.gpu": "any"},

@@ -81,6 +81,8 @@ async def _metrics(request: Request) -> Response:
         follower.serving,
         follower.loads.counters,
         num_forwarded=replica.num_forwarded,
+        rejected=follower.rejected,
+        has_problem=follower.problem is not None,
     )
     return Response(text, media_type=metrics.CONTENT_TYPE)
 

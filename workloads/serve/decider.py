@@ -40,6 +40,8 @@ class Decider:
     expire_s: float
     """A replica that has not reported for so long is gone."""
     clock: Callable[[], float] = time.time
+    tell: Callable[[int, str], None] = lambda number, reason: None
+    """Takes each version that the written status rejects, with the reason; again after a restart. Returns at once."""
 
     _status: ChannelStatus | None = field(default=None, init=False)
     _written: ChannelStatus | None = field(default=None, init=False)
@@ -50,6 +52,8 @@ class Decider:
     """Versions that a replica has served: where another cannot load them, it is not for the version's sake."""
     _begun_s: float = field(default=0.0, init=False)
     """When this process first heard of a replica."""
+    _told: set[int] = field(default_factory=set, init=False)
+    """Rejected versions that were told."""
     _has_judged: bool = field(default=False, init=False)
     """Whether this process has heard of a canary."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -71,6 +75,7 @@ class Decider:
                 self._judge(now_s)
                 self._describe()
                 self._write(now_s)
+                self._tell()
             except HeadwayError as e:
                 logger.warning("The status could not be written: %s", e)
             return self._turn(report)
@@ -171,6 +176,12 @@ class Decider:
         stamped = self._status.model_copy(update={"updated_s": now_s})
         channels.write_status(self.store, self.model, self.channel, stamped)
         self._status = self._written = stamped
+
+    def _tell(self) -> None:
+        assert self._status is not None
+        for number in sorted(self._status.rejected.keys() - self._told):
+            self._told.add(number)
+            self.tell(number, self._status.rejected[number])
 
     def _turn(self, report: ReplicaReport) -> Reply:
         """One replica at a time, as long as it reports and wants it."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.store import open_store
 from workloads.serve.decider import Decider
+from workloads.serve.rejections import in_background
 from workloads.serve.reports import ReplicaReport
 from workloads.serve.settings import ServeSettings
 
@@ -18,12 +19,14 @@ class DeciderActor:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         asked = ServeSettings.model_validate(settings)
+        store = open_store(asked.store)
         self._decider = Decider(
-            store=open_store(asked.store),
+            store=store,
             model=asked.model,
             channel=asked.channel,
             policy=asked.canary,
             expire_s=max(_MIN_EXPIRE_S, _MISSED_REPORTS * asked.poll_s),
+            tell=in_background(store, asked.model, asked.channel),
         )
 
     async def report(self, document: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -15,14 +15,25 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _EVERY = 3  # of the counted buckets, so that a scrape stays small
 
 
-def exposition(model: str, serving: Serving, counters: Mapping[int, Counter], *, num_forwarded: int = 0) -> bytes:
+def exposition(
+    model: str,
+    serving: Serving,
+    counters: Mapping[int, Counter],
+    *,
+    num_forwarded: int = 0,
+    rejected: Collection[int] = (),
+    has_problem: bool = False,
+) -> bytes:
     """
     Args:
         counters: of all versions that this process has loaded, by their number.
         num_forwarded: requests that were passed on to another replica.
+        rejected: numbers of versions that do not answer here though an entry may name them.
+        has_problem: something keeps a wanted version from serving for now.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(model, serving, counters, num_forwarded))
+    registry.register(_States(model, rejected, is_ready=serving.stable is not None, has_problem=has_problem))
     text: bytes = generate_latest(registry)
     return text
 
@@ -67,6 +78,22 @@ class _Collector:
             share.add_metric([loaded.version.name], self._serving.weight if is_canary else 1 - self._serving.weight)
         yield sequences
         yield share
+
+
+class _States:
+    """What an alert looks at."""
+
+    def __init__(self, model: str, rejected: Collection[int], *, is_ready: bool, has_problem: bool) -> None:
+        self._rejected = [f"{model}@{number}" for number in sorted(rejected)]
+        self._is_ready, self._has_problem = is_ready, has_problem
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("headway_ready", "1: a version is loaded and answers.", value=self._is_ready)
+        yield GaugeMetricFamily("headway_problem", "1: a wanted version cannot serve now.", value=self._has_problem)
+        family = GaugeMetricFamily("headway_rejected", "1: the version was rejected.", labels=["version"])
+        for version in self._rejected:
+            family.add_metric([version], 1)
+        yield family
 
 
 def _part(counts: Counts, field: str) -> Histogram:

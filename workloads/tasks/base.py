@@ -26,6 +26,7 @@ _MIN_POSITIONS = 512  # so that a model trained on short samples still serves lo
 
 Batch = dict[str, Tensor]
 """What the model's loss takes; every tensor's first dimension is B, so that it can be moved as a whole."""
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +173,17 @@ class Task(ABC):
         Called without gradients.
         """
         return {"loss": float(self.loss_sum(model, batch))}
+
+    def answers(self, model: nn.Module, samples: Samples, decode: Decode) -> list[dict[str, str]]:
+        """What the exported model makes of some held-out samples, for a run's report; nothing unless a task says so.
+
+        Text that the model went on with is ``{"prompt", "completion", "expected"}``, a class that it gave
+        ``{"text", "predicted", "expected"}``. Whatever is raised here costs the answers alone. It should take seconds.
+
+        Args:
+            decode: token ids to text.
+        """
+        return []
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, float], *, num_targets: int, split: Split) -> dict[str, float]:

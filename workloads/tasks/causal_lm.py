@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.dataset.format import Split
-from workloads.tasks.base import Batch, Samples, Task
+from workloads.tasks import base_config
+from workloads.tasks.base import Batch, Decode, Samples, Task
 from workloads.tasks.packing import require_apart
 
 IGNORED = -100
+_NUM_ANSWERS, _PROMPT_TOKENS, _ANSWER_TOKENS = 4, 64, 64
+_ANSWERS_S = 30.0
+"""For all answers together; one that is under way then ends where it is."""
 
 
 class CausalLM(Task):
@@ -54,6 +59,53 @@ class CausalLM(Task):
         return functional.cross_entropy(
             logits_BLV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
         )
+
+    def answers(self, model: nn.Module, samples: Samples, decode: Decode) -> list[dict[str, str]]:
+        """How the model goes on with the beginnings of some rows, by its likeliest token each time."""
+        deadline_s = time.monotonic() + _ANSWERS_S
+        found = []
+        for row in range(min(_NUM_ANSWERS, samples.num_real)):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            prompt, expected = self._parts(samples, row)
+            completion = self._continue(model, prompt, max_time_s=left_s)
+            found.append({"prompt": decode(prompt), "completion": decode(completion), "expected": decode(expected)})
+        return found
+
+    def _parts(self, samples: Samples, row: int) -> tuple[list[int], list[int]]:
+        """Where a row's text is cut in two: a conversation where the assistant first speaks."""
+        tokens_L1 = samples.tokens[row].tolist()
+        if "is_target" not in samples.rows:
+            cut = min(_PROMPT_TOKENS, len(tokens_L1) // 2)
+            return tokens_L1[:cut], tokens_L1[cut : cut + _ANSWER_TOKENS]
+        is_target_L1 = samples.rows["is_target"][row].tolist()
+        starts = [index for index, position in enumerate(samples.rows["positions"][row]) if position == 0]
+        end = starts[1] if len(starts) > 1 else len(tokens_L1)  # the first conversation's
+        cut = is_target_L1.index(True, 0, end)
+        until = is_target_L1.index(False, cut, end) if False in is_target_L1[cut:end] else end
+        return tokens_L1[:cut], tokens_L1[cut : min(until, cut + _ANSWER_TOKENS)]
+
+    def _continue(self, model: Any, prompt: list[int], *, max_time_s: float) -> list[int]:
+        limit = base_config.position_limit(self.model_config())
+        num_new = _ANSWER_TOKENS if limit is None else min(_ANSWER_TOKENS, limit - len(prompt))
+        if num_new < 1:
+            return []
+        ids_1P = torch.tensor([prompt], device=next(model.parameters()).device)
+        output_1L = model.generate(
+            input_ids=ids_1P,
+            attention_mask=torch.ones_like(ids_1P),
+            max_new_tokens=num_new,
+            max_time=max_time_s,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            pad_token_id=self.context.end_of_text_id,
+        )
+        completion: list[int] = output_1L[0, len(prompt) :].tolist()
+        return completion
 
     def metrics(self, sums: Mapping[str, float], *, num_targets: int, split: Split) -> dict[str, float]:
         loss = sums["loss"] / num_targets

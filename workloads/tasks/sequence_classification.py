@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from orchestrator.dataset.format import Split
 from workloads.tasks import base_config
-from workloads.tasks.base import Batch, Samples, Task
+from workloads.tasks.base import Batch, Decode, Samples, Task
 
 IGNORED = -100
+_SHOWN_TOKENS = 128
 
 
 class SequenceClassification(Task):
@@ -93,6 +94,22 @@ class SequenceClassification(Task):
             sums[f"fp.{number}"] = float(guesses_C[number] - hits_C[number])
             sums[f"fn.{number}"] = float(there_C[number] - hits_C[number])
         return sums
+
+    def answers(self, model: nn.Module, samples: Samples, decode: Decode) -> list[dict[str, str]]:
+        """The class that the model gives each text, and the text's own."""
+        batch = self.collate(samples)
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            guessed_B = _logits(model, {name: tensor.to(device) for name, tensor in batch.items()}).argmax(-1)
+        texts = zip(samples.tokens.tolist(), samples.rows["length"].tolist(), strict=True)
+        return [
+            {
+                "text": decode(tokens[: min(length, _SHOWN_TOKENS)]),
+                "predicted": self.context.classes[int(guessed)],
+                "expected": self.context.classes[int(label)],
+            }
+            for (tokens, length), guessed, label in zip(texts, guessed_B, batch["labels"], strict=True)
+        ]
 
     def metrics(self, sums: Mapping[str, float], *, num_targets: int, split: Split) -> dict[str, float]:
         """``loss`` in nats per text, ``accuracy``, and ``f1``: the macro average, as :func:`macro_f1`."""

@@ -26,9 +26,10 @@ from orchestrator.targets.seaweedfs import Keys, S3Ports
 from tests.command_line import Said, environment, finish, headway, in_process, start
 
 COMMANDS = ["demo", "up", "down", "doctor", "init", "schema", "plan", "run", "submit", "status", "logs", "stop"]
-COMMANDS += ["list", "show", "serve", "promote", "rollback", "verify", "export", "dashboard"]
+COMMANDS += ["list", "show", "report", "serve", "promote", "retrain", "rollback", "verify", "export", "dashboard"]
 HEAVY = ("ray", "torch", "deepspeed", "transformers")
 HELP_LIMIT_S, PLAN_LIMIT_S = 0.3, 0.6
+MAX_OF_LIBRARIES = 1.7
 NUM_TIMED, NUM_SERIES = 5, 3
 
 Cli = Callable[..., Said]
@@ -242,30 +243,43 @@ def test_plan_says_the_same_in_text_and_json(warm: tuple[Path, dict[str, str]]) 
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
-    assert_quick("--help", limit_s=HELP_LIMIT_S, directory=tmp_path)
+    assert_quick("--help", limit_s=HELP_LIMIT_S, libraries="typer", directory=tmp_path)
 
 
 def test_plan_is_quick_on_a_warm_cache(warm: tuple[Path, dict[str, str]]) -> None:
     folder, settings = warm
-    assert_quick("plan", "run.yaml", limit_s=PLAN_LIMIT_S, directory=folder, settings=settings)
+    libraries = "typer, pydantic, boto3, httpx, yaml, numpy"
+    assert_quick("plan", "run.yaml", limit_s=PLAN_LIMIT_S, libraries=libraries, directory=folder, settings=settings)
 
 
-def assert_quick(*arguments: str, limit_s: float, directory: Path, settings: dict[str, str] | None = None) -> None:
-    """The median of a series is within the limit; up to three series, since the machine may be busy during one."""
-    medians_s: list[float] = []
-    while len(medians_s) < NUM_SERIES and min(medians_s, default=limit_s + 1) > limit_s:
-        medians_s.append(median_s(*arguments, directory=directory, settings=settings))
-    print(f"headway {' '.join(arguments)}: medians of {NUM_TIMED} runs, s: {[round(each, 2) for each in medians_s]}")
-    assert min(medians_s) <= limit_s
+def assert_quick(
+    *arguments: str, limit_s: float, libraries: str, directory: Path, settings: dict[str, str] | None = None
+) -> None:
+    """The median of a series is within the limit, or on a slow machine within a multiple of what an interpreter takes
+    to import the libraries alone, in turns with it. Up to three series, since the machine may be busy during one."""
+    seen: list[tuple[float, float]] = []
+    while len(seen) < NUM_SERIES and not any(is_quick(*each, limit_s=limit_s) for each in seen):
+        seen.append(medians_s(*arguments, libraries=libraries, directory=directory, settings=settings))
+    told = ", ".join(f"{ours:.2f} ({bare:.2f})" for ours, bare in seen)
+    print(f"headway {' '.join(arguments)}: medians of {NUM_TIMED} runs, s (its libraries alone): {told}")
+    assert any(is_quick(*each, limit_s=limit_s) for each in seen), told
 
 
-def median_s(*arguments: str, directory: Path, settings: dict[str, str] | None) -> float:
-    taken_s = []
+def is_quick(ours_s: float, libraries_s: float, *, limit_s: float) -> bool:
+    return ours_s <= max(limit_s, MAX_OF_LIBRARIES * libraries_s)
+
+
+def medians_s(*arguments: str, libraries: str, directory: Path, settings: dict[str, str] | None) -> tuple[float, float]:
+    """Of the command, and of an interpreter that imports its libraries."""
+    ours_s, bare_s = [], []
     for _ in range(NUM_TIMED):
         began_s = time.perf_counter()
         headway(*arguments, directory=directory, settings=settings).assert_done()
-        taken_s.append(time.perf_counter() - began_s)
-    return statistics.median(taken_s)
+        ours_s.append(time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        subprocess.run([sys.executable, "-c", f"import {libraries}"], check=True)
+        bare_s.append(time.perf_counter() - began_s)
+    return statistics.median(ours_s), statistics.median(bare_s)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "run.yaml"]])

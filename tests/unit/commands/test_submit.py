@@ -103,6 +103,12 @@ class FakeTarget:
         return self.jobs.pop(submission_id, None) is not None
 
 
+@pytest.fixture(autouse=True)
+def _no_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These credentials are no AWS account's, so STS is not asked whose they are."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(document()))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.errors import StoreError
 from orchestrator.record import EventLog, EventReader
+from orchestrator.record.events import LOST_S, MIN_FLUSH_S, flush_interval_s
 from orchestrator.store import Attempt, claim_attempt, layout
 from tests.unit.fakes import MemoryStore
 
@@ -109,6 +112,63 @@ def test_close_gives_up_with_a_warning(
     log.append("step", n=0)
     log.close()
     assert "The last events of run-1 are lost: down" in caplog.text
+
+
+@pytest.mark.parametrize("read_before", [0, 150])
+def test_many_segments_are_read_by_few_requests(memory_store: MemoryStore, attempt: Attempt, read_before: int) -> None:
+    log, reader, seen = EventLog(memory_store, attempt, "train"), EventReader(memory_store, "run-1"), []
+    for n in range(250):
+        log.append("step", n=n)
+        log.flush()
+        if n + 1 == read_before:
+            seen = numbers(reader.poll())
+    log.close()
+    assert len(segments(memory_store)) == 252
+    counted = CountedGets(memory_store)
+    reader._store = counted
+    assert seen + numbers(reader.poll()) == list(range(250))
+    assert counted.num_gets == (100 if read_before else 2 + 50)
+
+
+class CountedGets(MemoryStore):
+    num_gets = 0
+
+    def __init__(self, of: MemoryStore) -> None:
+        super().__init__(of.bucket, of.prefix, client=of._connection)
+
+    def get(self, key: str) -> bytes:
+        self.num_gets += 1
+        return super().get(key)
+
+
+class RefusesOnce(MemoryStore):
+    """The first create of gathered segments fails."""
+
+    num_refused = 0
+
+    def create(self, key: str, data: bytes) -> None:
+        if key.endswith("-00001-00100.jsonl") and not self.num_refused:
+            self.num_refused += 1
+            raise StoreError("down")
+        super().create(key, data)
+
+
+def test_what_cannot_be_gathered_is_gathered_later(attempt: Attempt, caplog: pytest.LogCaptureFixture) -> None:
+    store = RefusesOnce(prefix="headway")
+    log = EventLog(store, attempt, "train")
+    for n in range(101):
+        log.append("step", n=n)
+        log.flush()
+    log.close()
+    assert "not gathered yet: down" in caplog.text
+    assert [key.endswith("-00001-00101.jsonl") for key in segments(store)].count(True) == 1
+    assert numbers(EventReader(store, "run-1").poll()) == list(range(101))
+
+
+@given(age_s=st.floats(0, 1e8))
+def test_a_cluster_that_vanishes_takes_ten_seconds_of_the_record_at_most(age_s: float) -> None:
+    assert MIN_FLUSH_S <= flush_interval_s(age_s) <= LOST_S / 2
+    assert flush_interval_s(0.0) == MIN_FLUSH_S
 
 
 def test_foreign_objects_are_passed_over(memory_store: MemoryStore, attempt: Attempt) -> None:

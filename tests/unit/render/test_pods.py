@@ -168,5 +168,5 @@ def test_how_boto3_finds_the_store(s3: S3Settings, expected: dict[str, str]) -> 
 
 def test_everything_is_in_the_golden_case() -> None:
     """A field that gets a default later must be set there too."""
-    left_out = {"apiVersion", "kind", "server_account", "serving_priority", "server", "serve_secrets"}
+    left_out = {"apiVersion", "kind", "server_account", "serving_priority", "server", "serve_secrets", "prices"}
     assert set(type(EVERYTHING).model_fields) - EVERYTHING.model_fields_set <= left_out

@@ -43,4 +43,16 @@ def test_what_was_counted_is_exposed() -> None:
 
 def test_nothing_loaded_is_no_error() -> None:
     found = samples(exposition("code-lm", Serving(), {}, num_forwarded=2))
-    assert found == {("headway_forwarded_requests_total", "", ""): 2}
+    assert found == {
+        ("headway_forwarded_requests_total", "", ""): 2,
+        ("headway_ready", "", ""): 0,
+        ("headway_problem", "", ""): 0,
+    }
+
+
+def test_states_are_exposed() -> None:
+    serving = Serving(stable=Loaded(version=make_version(number=1, files=FILES), engine=ScriptedEngine()))
+    found = samples(exposition("code-lm", serving, {}, rejected={3: "answers NaN"}, has_problem=True))
+    assert found["headway_ready", "", ""] == 1
+    assert found["headway_problem", "", ""] == 1
+    assert found["headway_rejected", "code-lm@3", ""] == 1

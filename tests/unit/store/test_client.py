@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.errors import StoreError
 from orchestrator.store import Store
-from orchestrator.store.client import Connection, Patience
+from orchestrator.store.client import UNATTENDED, Connection, Patience
 from orchestrator.store.multipart import ViewFile
 
 DATA = bytes(range(100))
@@ -87,6 +87,11 @@ def test_waits_double_up_to_a_limit_and_end_with_the_attempts() -> None:
     for wait_s, longest_s in zip(waits_s, [1, 2, 4, 8, 16, 20, 20, 20], strict=False):
         assert wait_s is not None
         assert longest_s / 2 <= wait_s <= longest_s
+
+
+def test_ci_waits_out_an_outage_of_a_minute() -> None:
+    waits_s = [UNATTENDED.wait_s(attempt) or 0.0 for attempt in range(1, UNATTENDED.attempts)]
+    assert 120 <= sum(waits_s) <= 320, "at their shortest and at their longest"
 
 
 def test_a_view_is_read_like_a_file() -> None:

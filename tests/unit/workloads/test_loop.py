@@ -64,8 +64,6 @@ def loop_with(recorder: Recorder) -> Loop:
         total_steps=6,
         dataset_fingerprint="0" * 16,
         rank=0,
-        on_step=lambda _: None,
-        on_look=lambda _: None,
         **fields,
     )
 

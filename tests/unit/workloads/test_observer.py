@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from orchestrator.checkpoint.save import SaveCounts
 from orchestrator.errors import StoreError
 from orchestrator.record import EventReader
 from orchestrator.store import claim_attempt, claim_group
@@ -54,6 +58,24 @@ def test_a_store_that_does_not_answer_keeps_no_checkpoint_from_its_commit(
         assert "not written yet: no answer" in caplog.text
         observer.flush()
         assert [event["step"] for event in EventReader(store, "run-1").poll()] == [1]
+
+
+def test_listeners_hear_all_ranks_and_only_rank_0_records(store: MemoryStore) -> None:
+    group, heard = claim_group(store, claim_attempt(store, "run-1", facts={})), []
+    for rank in (0, 1):
+        with observed(store, group, rank=rank, on_event=lambda kind, fields: heard.append((kind, fields))) as observer:
+            observer.note("step", step=rank)
+    assert heard == [("step", {"step": 0}), ("step", {"step": 1})]
+    assert [event["step"] for event in EventReader(store, "run-1").poll()] == [0]
+
+
+def test_what_saves_held_up_is_told_once(store: MemoryStore) -> None:
+    group = claim_group(store, claim_attempt(store, "run-1", facts={}))
+    writer: Any = SimpleNamespace(counts=SaveCounts(blocked_s=1.5))
+    with observed(store, group, rank=0) as observer:
+        assert [observer.blocked_s(writer), observer.blocked_s(writer)] == [1.5, 0.0]
+        writer.counts.blocked_s += 0.25
+        assert observer.blocked_s(writer) == 0.25
 
 
 def test_small_figures_keep_their_digits(store: MemoryStore) -> None:

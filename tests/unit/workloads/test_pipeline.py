@@ -32,6 +32,7 @@ from tests.tiny_model import make_version
 from tests.unit.fakes import MemoryStore
 from workloads.cluster import own_errors
 from workloads.export import Export
+from workloads.notices import Notices
 from workloads.pipeline import Pipeline
 from workloads.signals import _ask_to_stop
 
@@ -114,7 +115,8 @@ def pipeline(memory_store: MemoryStore, attempt: Attempt) -> Iterator[Scripted]:
     identity: Any = SimpleNamespace(run_id=attempt.run_id)
     spec: Any = None
     events = EventLog(memory_store, attempt, "pipeline")
-    yield Scripted(spec, memory_store, identity, attempt, events, lambda _: None)
+    notices = Notices(settings=None, store=memory_store, run_id=attempt.run_id)
+    yield Scripted(spec, memory_store, identity, attempt, events, lambda _: None, notices)
     events.close()
 
 

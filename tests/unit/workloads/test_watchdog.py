@@ -165,7 +165,7 @@ def pass_time(watchdog: Watchdog, clock: Clock, seconds: int, *beating_ranks: in
 
 
 def look_and_condemn(watchdog: Watchdog) -> list[tuple[int, str]]:
-    group, hung, _ = watchdog.look()
+    group, hung, *_ = watchdog.look()
     watchdog.condemn(group, {each.beat.rank: each.reason for each in hung})
     return [(each.beat.rank, each.reason) for each in hung]
 
@@ -175,7 +175,7 @@ def test_a_silent_rank_is_found_until_it_is_condemned(watchdog: Watchdog, clock:
     clock.now_s += 1.0
     watchdog.beat("a", beat(0))
     for _ in range(2):
-        group, hung, workers = watchdog.look()
+        group, hung, workers, _ = watchdog.look()
         assert (group, [each.beat.rank for each in hung], workers) == ("a", [1], ("worker 1",))
     assert look_and_condemn(watchdog) == [(1, "silent")]
     assert pass_time(watchdog, clock, 60, 0) == []
@@ -195,7 +195,7 @@ def test_a_stuck_rank_is_told_at_its_next_beat_and_the_others_are_not(watchdog: 
     waiting, stuck = beat(0, phase="agreeing", progress=52, in_place_s=99.0), beat(1, in_place_s=100.0)
     assert not watchdog.beat("a", waiting)
     assert not watchdog.beat("a", stuck)
-    group, hung, _ = watchdog.look()
+    group, hung, *_ = watchdog.look()
     assert [each.beat.rank for each in hung] == [1]
     assert not watchdog.beat("a", stuck), "before the driver has told who hangs"
     watchdog.condemn(group, {1: "stuck"})
@@ -220,7 +220,7 @@ def test_a_new_group_is_not_taken_for_the_old_one(watchdog: Watchdog, clock: Clo
     watchdog.join("a", 0, "worker 0")  # late, from the old group
     assert pass_time(watchdog, clock, 49) == []
     clock.now_s += 1.0
-    group, hung, workers = watchdog.look()
+    group, hung, workers, _ = watchdog.look()
     assert (group, [(each.beat.rank, each.reason) for each in hung], workers) == ("b", [(1, "silent")], ("worker b1",))
 
 
@@ -237,6 +237,46 @@ def test_a_group_is_over_where_a_rank_failed_or_it_is_forgotten(watchdog: Watchd
     watchdog.beat("b", beat(0))
     watchdog.forget("b")
     assert pass_time(watchdog, clock, 200) == []
+
+
+def test_a_lost_group_is_told_of_once_by_the_rank_that_fell_silent_first(watchdog: Watchdog, clock: Clock) -> None:
+    clock.now_s = 13.0
+    watchdog.beat("a", beat(0, step=8, phase="agreeing"))
+    clock.now_s = 30.0
+    watchdog.join("b", 0, "worker b0")
+    clock.now_s = 32.0
+    (lost,) = watchdog.look().lost
+    assert (lost.group, lost.rank, lost.place[:2], lost.ago_s) == ("a", 1, (7, "forward"), 32.0)
+    assert watchdog.look().lost == ()
+
+
+def test_a_group_that_one_rank_takes_with_it_was_lost_when_the_others_failed(watchdog: Watchdog, clock: Clock) -> None:
+    clock.now_s = 4.0
+    watchdog.beat("a", beat(0, step=8, phase="agreeing", progress=60))
+    clock.now_s = 6.0
+    watchdog.leave("a", 0, failed=True)
+    clock.now_s = 7.0
+    (lost,) = watchdog.look().lost
+    assert (lost.rank, lost.place[:2], lost.ago_s) == (None, (8, "agreeing"), 1.0)
+
+
+@pytest.mark.parametrize("how", ["failed", "forgotten", "at the end"])
+def test_a_group_may_be_lost_in_several_ways(watchdog: Watchdog, how: str) -> None:
+    if how == "failed":
+        watchdog.leave("a", 0, failed=True)
+    if how == "forgotten":
+        watchdog.forget("a")
+    if how != "at the end":
+        assert [each.group for each in watchdog.look().lost] == ["a"]
+    assert [each.group for each in watchdog.end()] == (["a"] if how == "at the end" else [])
+
+
+def test_a_group_that_left_in_peace_is_not_lost(watchdog: Watchdog) -> None:
+    for rank in (0, 1):
+        watchdog.leave("a", rank, failed=False)
+    watchdog.join("b", 0, "worker b0")
+    assert watchdog.look().lost == ()
+    assert watchdog.end() == ()
 
 
 def test_a_watchdog_that_was_frozen_itself_accuses_nobody(watchdog: Watchdog, clock: Clock) -> None:
