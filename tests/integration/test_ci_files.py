@@ -156,6 +156,7 @@ def test_the_same_again_is_unchanged(job: GitHubJob, stack: Stack, receiver: Rec
     assert len(receiver.got) == 1
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("corpus")
 def test_a_refusal_fails_the_job_and_says_why(job: GitHubJob, stack: Stack, receiver: Receiver) -> None:
     train = {"steps": 2, "global_batch_size": 8, "micro_batch_size": 4}

@@ -26,6 +26,7 @@ from orchestrator.targets.stack import Stack
 from tests.command_line import BIN
 from tests.tiny_run import TINY_LLAMA
 
+pytestmark = pytest.mark.full
 RUN_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
 STEPS, EVERY, STEP_S = 50, 26, 0.5
 STALLED = {8: 6.5, 20: 7.5}

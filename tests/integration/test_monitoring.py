@@ -170,21 +170,25 @@ def reason(expression: str) -> str | None:
     return why.pop() if len(why) == 1 else None
 
 
+@pytest.mark.full
 def test_every_panel_shows_something(watched: Watched) -> None:
     empty = [place for place, query in files.queries() if not watched.shows(query) and not reason(query)]
     assert empty == []
 
 
+@pytest.mark.full
 def test_what_cannot_show_does_not(watched: Watched) -> None:
     """Else it is left out of the tests for nothing."""
     assert {name for name in CANNOT_SHOW if watched.shows(name)} == set()
 
 
+@pytest.mark.full
 def test_every_rule_records_something(watched: Watched) -> None:
     recorded = [(rule["record"], rule["expr"]) for rule in files.rules() if "record" in rule]
     assert [name for name, expression in recorded if not watched.shows(name) and not reason(expression)] == []
 
 
+@pytest.mark.full
 def test_an_alerts_left_hand_side_is_there_and_it_does_not_fire(watched: Watched) -> None:
     alerts = {rule["alert"]: rule["expr"] for rule in files.rules() if "alert" in rule}
     empty = {name for name, expression in alerts.items() if not watched.shows(without_limit(expression))}

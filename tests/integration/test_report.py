@@ -19,6 +19,7 @@ from orchestrator.record.report.build import build
 from orchestrator.record.report.model import Against, Facts
 from orchestrator.release.bootstrap import Interval
 from tests import record_examples as examples
+from tests.needed import lacks
 
 FACTS = Facts(
     dataset={
@@ -84,7 +85,7 @@ STANDING_OUT = """() => [...document.querySelectorAll('body *')]
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.fail("The report is looked at in a real browser, and there is none: apt-get install chromium")
+        lacks("Chromium", "apt-get install chromium")
     with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield started

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
+
+from tests.needed import lacks
 
 READY_S = 30.0
 """It takes one."""
@@ -24,7 +25,7 @@ def program(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        pytest.fail(f"{name} is missing. Debian's package prometheus has it: make prometheus", pytrace=False)
+        lacks(name, "make prometheus takes it out of Debian's package")
     return found
 
 
