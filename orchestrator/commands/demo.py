@@ -204,6 +204,7 @@ def closing_words(facts: dict[str, Any], *, bold: bool = False) -> str:
             f"dashboard   {facts['dashboard']}",
             f"endpoint    curl {facts['endpoint']}/v1/completions -H 'Content-Type: application/json' -d '{body}'",
             f"store       {facts['store']}, the run: headway show {facts['run_id']}",
+            f"report      headway report {facts['run_id']}",
             f"seconds     {stages}",
             "stop it     headway down",
         ]
