@@ -38,6 +38,8 @@ class HeadwayError(Exception):
         super().__init__(message, next_step)
         self.message = message
         self.next_step = next_step
+        self.facts: dict[str, object] = {}
+        """What else a program that asked for JSON is told. Stays in this process."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.next_step}".strip()

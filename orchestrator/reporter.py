@@ -38,6 +38,6 @@ class Reporter:
         if error.next_step:
             print(f"  → {error.next_step}", file=sys.stderr)
         if self.json_mode:
-            facts = {"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
-            print(json.dumps(facts), flush=True)
+            said = {"error": error.message, "next_step": error.next_step, "exit_code": error.exit_code}
+            print(json.dumps({**error.facts, **said}, default=str), flush=True)
         return error.exit_code

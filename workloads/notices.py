@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.catalog import newest_to_commit
-from orchestrator.errors import AttemptsUsedUp, Fenced, HeadwayError, Interrupted
+from orchestrator.errors import AttemptsUsedUp, Fenced, HeadwayError, Interrupted, UsageError
 from orchestrator.record import notice
 from orchestrator.record.notice import Notice
 from orchestrator.record.notify import notify
@@ -66,7 +66,7 @@ def is_the_last(error: BaseException, store: Store, run_id: str, allowance: Allo
     """
     if isinstance(error, Interrupted | Fenced | KeyboardInterrupt | SystemExit):
         return False
-    if allowance is None:
+    if allowance is None or isinstance(error, UsageError):  # headway run ends there with 0: nothing starts it again
         return True
     try:
         require_turn(store, run_id, allowance, saved_by=newest_to_commit(store, run_id))

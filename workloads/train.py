@@ -211,10 +211,15 @@ def _load(
 
 def _facts(model: torch.nn.Module, task: Task, device: torch.device) -> dict[str, Any]:
     """What the account of a run wants to know of its workers. Asked before the engine cuts the model up."""
+    try:
+        flops = flops_per_token(model, sequence_length=task.context.sequence_length)
+    except Exception as e:  # a model of one's own may be like no other, and trains all the same
+        logger.warning("How many FLOPs a token takes is not known: %s", e)
+        flops = None
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "flops_per_token": flops_per_token(model, sequence_length=task.context.sequence_length),
+        "flops_per_token": flops,
     }
 
 

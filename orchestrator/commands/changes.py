@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.errors import IntegrityError, NotFound
 from orchestrator.runs import RunIdentity
 from orchestrator.spec import RunSpec
 from orchestrator.store import Store, layout
 
 _UNSET = "not set"
+_MAX_TOLD = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +42,10 @@ def newest_of_name(store: Store, name: str) -> Earlier | None:
     """The run of this name that was begun last."""
     named = (run_id for run_id in store.list_folders("runs/") if run_id.rpartition("-")[0] == name)
     begun = [(item.modified_s, run_id) for run_id in named for item in store.list(layout.run_spec(run_id))]
-    if not begun:
-        return None
-    _, newest = max(begun)
-    return Earlier(run_id=newest, recorded=store.get_json(layout.run_spec(newest)))
+    for _, run_id in sorted(begun, reverse=True):
+        with suppress(IntegrityError, NotFound):  # no other run's damage keeps this one from being sent
+            return Earlier(run_id=run_id, recorded=store.get_json(layout.run_spec(run_id)))
+    return None
 
 
 def changes(earlier: Mapping[str, Any], spec: RunSpec, identity: RunIdentity) -> list[Change]:
@@ -85,4 +89,5 @@ def _fields(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
 
 
 def _told(value: object) -> str:
-    return _UNSET if value is None else str(value)
+    """In one line, and no long one."""
+    return _UNSET if value is None else shorten(str(value), _MAX_TOLD, placeholder=" …")

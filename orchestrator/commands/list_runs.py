@@ -7,12 +7,13 @@ read, as they may be many: their steps are those of the newest checkpoint.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from orchestrator.checkpoint.catalog import committed_steps
 from orchestrator.commands.show import state_of
 from orchestrator.commands.text import Rows
-from orchestrator.errors import NotFound
+from orchestrator.errors import IntegrityError, NotFound
 from orchestrator.record.report import words
 from orchestrator.release.outcome import read_outcome
 from orchestrator.store import Store, layout
@@ -48,11 +49,18 @@ def run_words(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(store: Store, run_id: str) -> dict[str, Any]:
-    try:
-        found = store.get_json(layout.summary(run_id))
-    except NotFound:
-        found = _without_summary(store, run_id)
-    return {"run": run_id, "state": found["state"], **{name: found.get(name) for name in (*_FIGURES, "version")}}
+    """One that is damaged is a row that says so: it hides no other run."""
+    for look in (_summary, _without_summary):
+        with suppress(NotFound, IntegrityError, KeyError, TypeError, ValueError, AttributeError):
+            found = look(store, run_id)
+            figures = {name: found.get(name) for name in (*_FIGURES, "version")}
+            return {"run": run_id, "state": found["state"], **figures}
+    return {"run": run_id, "state": "damaged", **dict.fromkeys((*_FIGURES, "version"))}
+
+
+def _summary(store: Store, run_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = store.get_json(layout.summary(run_id))
+    return found
 
 
 def _without_summary(store: Store, run_id: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from orchestrator.commands.context import find_store, find_target
 from orchestrator.commands.estimate import estimate
 from orchestrator.commands.logs import ask_to_stop
 from orchestrator.commands.sender import caller, ci_job
-from orchestrator.commands.submit import describe, in_flight, send
+from orchestrator.commands.submit import check_sendable, describe, in_flight, send
 from orchestrator.commands.watch import watch
 from orchestrator.errors import (
     AttemptFailed,
@@ -103,6 +103,7 @@ def retrain(run_file: Path, *, target: str, store_uri: str | None, options: Opti
     try:
         with _cancellable() as cancelled:
             try:
+                check_sendable(load(run_file), target, reporter)
                 return bring(
                     run_file,
                     find_store(store_uri, patience=UNATTENDED),
@@ -118,6 +119,7 @@ def retrain(run_file: Path, *, target: str, store_uri: str | None, options: Opti
                 raise _cancel(answer, target, store_uri, options) from None
     except HeadwayError as e:
         answer.outcome = next((word for kind, word in _WORDS.items() if isinstance(e, kind)), "error")
+        e.facts = answer.to_json()
         raise
     finally:
         if options.outputs is not None:
@@ -151,7 +153,8 @@ def bring(
     if options.fresh:
         identity = _fresh(spec, store, cluster, identity, over=standing is not None, claim=not options.dry_run)
         answer.run_id, standing = identity.run_id, read_outcome(store, identity.run_id)
-    earlier = _compare(spec, store, identity, answer)
+    is_new = newest_attempt(store, identity.run_id) == 0
+    earlier = _compare(spec, store, identity, answer) if is_new or options.dry_run else None
     if options.dry_run:
         return _tell_dry(spec, store, cluster, identity, standing, earlier, answer)
     sent = send(spec, run_file, store, cluster, reporter, directory=directory, identity=identity)
@@ -224,7 +227,7 @@ def _fresh(
 def _compare(spec: RunSpec, store: Store, identity: RunIdentity, answer: Answer) -> Earlier | None:
     """The run of this name that was begun last; where that is another one, what makes this one another is noted."""
     earlier = newest_of_name(store, spec.name)
-    if earlier is not None and newest_attempt(store, identity.run_id) == 0:
+    if earlier is not None and earlier.run_id != identity.run_id:
         answer.previous = earlier.run_id
         answer.changed = changes(earlier.recorded, spec, identity)
     return earlier

@@ -49,10 +49,7 @@ def submit(
     reporter: Reporter,
 ) -> Result:
     spec = load(run_file)
-    if target != "local":
-        _require_reachable(spec, target)
-    if spec.secrets and not is_kubernetes(target):
-        reporter.say(f"not sent: the secrets {', '.join(spec.secrets)}, which only Kubernetes has")
+    check_sendable(spec, target, reporter)
     cluster, store = find_target(target, store_uri), find_store(store_uri)
     sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd(), retry=retry)
     facts: dict[str, Any] = {"run_id": sent.run_id, "submission_id": sent.submission_id, "attached": sent.attached}
@@ -176,11 +173,16 @@ def describe(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _require_reachable(spec: RunSpec, target: str) -> None:
-    """
+def check_sendable(spec: RunSpec, target: str, reporter: Reporter) -> None:
+    """Say what of the run file the target does not get.
+
     Raises:
-        SpecError: the run file names what lies on this machine alone.
+        SpecError: the run file names what lies on this machine alone, and the target is another.
     """
+    if spec.secrets and not is_kubernetes(target):
+        reporter.say(f"not sent: the secrets {', '.join(spec.secrets)}, which only Kubernetes has")
+    if target == "local":
+        return
     advice = {
         "data.train": (spec.data.train, "Put the data into S3 and name it as s3://bucket/prefix/**."),
         "model.pretrained": (spec.model.pretrained, "Put the model into S3 and name it as s3://bucket/prefix."),

@@ -214,7 +214,7 @@ def _stage_of(group: Group, trains: Sequence[Stage]) -> Stage:
 
 def _of_group(group: Group, index: int, rollbacks: Rollbacks, grain_s: float, *, is_alive: bool) -> Iterator[_Mark]:
     yield _Mark(time_s=group.trains_s - group.load_s, part="resuming")
-    for piece in pieces_of(group, index, rollbacks, grain_s=grain_s):
+    for piece in pieces_of(group, index, rollbacks, grain_s=grain_s, is_alive=is_alive):
         yield _Mark(time_s=piece.start_s, part=piece.part, group=group.number, lost_to=piece.lost_to)
     if group.done_s is not None:
         yield _Mark(time_s=group.done_s, part="exporting")

@@ -51,7 +51,7 @@ class Notice:
             "store": store,
             "time_s": round(time_s, 3),
         }
-        return json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+        return json.dumps(document, allow_nan=False).encode()  # in ASCII: a reason may quote a name that is no UTF-8
 
 
 def signature(body: bytes, secret: str) -> str:

@@ -60,10 +60,11 @@ class _Block:
     lost_to: int | None
 
 
-def pieces_of(group: Group, index: int, rollbacks: Rollbacks, *, grain_s: float) -> Iterator[Piece]:
+def pieces_of(group: Group, index: int, rollbacks: Rollbacks, *, grain_s: float, is_alive: bool) -> Iterator[Piece]:
     """Where the time of one group went, from the start of its training on.
 
     Args:
+        is_alive: it trains at this moment, so that the step it is at may count.
         grain_s: steps that are shorter together are told of as one: their seconds are exact, their order is not.
     """
     start_s = group.trains_s
@@ -76,7 +77,7 @@ def pieces_of(group: Group, index: int, rollbacks: Rollbacks, *, grain_s: float)
         yield from _of_block(_Block(start_s=start_s, spent=group.after_s, lost_to=lost_to))
     else:
         lost_to = rollbacks.lost_to(index, group.reached + 1)
-        yield Piece(start_s, "computing" if lost_to is None else "lost to rollback", lost_to)
+        yield Piece(start_s, "computing" if lost_to is None and is_alive else "lost to rollback", lost_to)
 
 
 def _blocks(group: Group, index: int, rollbacks: Rollbacks, grain_s: float) -> Iterator[_Block]:

@@ -32,7 +32,7 @@ class AttemptRequest:
     @property
     def command(self) -> list[str]:
         """What the job executes."""
-        return ["headway", "run", self.run_file, *(["--edition", str(self.edition)] if self.edition else [])]
+        return ["headway", "run", self.run_file, "--edition", str(self.edition)]
 
     @property
     def submission_id(self) -> str:

@@ -256,9 +256,9 @@ def test_the_cron_job_runs_one_at_a_time_restricted() -> None:
     (cron_job,) = objects("cronjob.yaml")
     assert cron_job["spec"]["concurrencyPolicy"] == "Forbid"
     job = cron_job["spec"]["jobTemplate"]["spec"]
-    (rule, _) = job["podFailurePolicy"]["rules"]
+    (_, rule) = job["podFailurePolicy"]["rules"]
     (container,) = job["template"]["spec"]["containers"]
-    assert (rule["onExitCodes"]["containerName"], rule["onExitCodes"]["values"]) == (container["name"], [1, 2, 3])
+    assert (rule["onExitCodes"]["containerName"], rule["onExitCodes"]["values"]) == (container["name"], [1, 2, 3, 130])
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # which podFailurePolicy asks for
     assert job["template"]["spec"]["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"] == {

@@ -57,7 +57,7 @@ def summary(answer: Mapping[str, Any], told: Mapping[str, str]) -> str:
     changed = answer.get("changed") or {}
     if changed:
         lines += [f"Changed since {answer.get('previous')}:", ""]
-        lines += [*(f"    {what}: {how}" for what, how in changed.items()), ""]
+        lines += [f"    {line}" for what, how in changed.items() for line in f"{what}: {how}".splitlines()] + [""]
     return "\n".join(lines) + "\n"
 
 

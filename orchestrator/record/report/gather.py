@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from orchestrator.checkpoint.catalog import committed_steps
@@ -26,6 +27,8 @@ from orchestrator.store import Store, layout
 from orchestrator.target_settings import Prices
 
 logger = logging.getLogger(__name__)
+MAX_OBJECTS = 50_000
+"""Of a run's events, which are read into memory: three days, some 400 MB. The job may have no more to spare."""
 
 
 def read_report(store: Store, run_id: str, *, now_s: float, prices: Prices | None = None) -> Report:
@@ -50,6 +53,9 @@ def leave_report(store: Store, run_id: str, *, now_s: float | None = None) -> No
     """
     try:
         if store.exists(layout.summary(run_id)):
+            return
+        if sum(1 for _ in islice(store.list(layout.events(run_id)), MAX_OBJECTS + 1)) > MAX_OBJECTS:
+            logger.warning("The record of %s is long; its report is not stored. Make it: headway report", run_id)
             return
         report = read_report(store, run_id, now_s=time.time() if now_s is None else now_s)
         with suppress(AlreadyExists):  # of an attempt that died right after

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.commands.retrain import Answer, Options, bring
+from orchestrator.commands.retrain import Answer, Options, bring, retrain
 from orchestrator.commands.sender import ci_job
-from orchestrator.errors import EmptySource, GateRefused, RunError, StoreError
+from orchestrator.errors import EmptySource, GateRefused, RunError, SpecError, StoreError
 from orchestrator.record import EventLog
 from orchestrator.record.run_record import read_record
 from orchestrator.release.outcome import Outcome, commit_outcome
@@ -224,6 +224,43 @@ def test_a_source_without_files_is_a_mistake(memory_store: MemoryStore, folder: 
         call(folder, memory_store)
 
 
+def test_an_earlier_runs_damage_keeps_nothing_from_being_sent(memory_store: MemoryStore, folder: Path) -> None:
+    before = over(folder, memory_store, target := FakeTarget())
+    write(folder, train={"steps": 500, "epochs": None})
+    middle = over(folder, memory_store, target)
+    memory_store.tamper(layout.run_spec(middle), b"{")
+    write(folder, train={"steps": 600, "epochs": None})
+    facts, _ = call(folder, memory_store, target)
+    assert (facts["outcome"], facts["previous"]) == ("submitted", before)
+
+
+@pytest.mark.parametrize("point", ["submit", "record"])
+def test_one_killed_on_the_way_is_followed_by_one_that_goes_on(
+    memory_store: MemoryStore, folder: Path, point: str
+) -> None:
+    """Right before the target is told, and right after."""
+
+    class Killed(FakeTarget):
+        dies = True
+
+        def submit(self, request: Any, package: Any = None) -> Any:
+            if self.dies and point == "submit":
+                raise KeyboardInterrupt
+            submission = super().submit(request, package)
+            if self.dies:
+                raise KeyboardInterrupt
+            return submission
+
+    over(folder, memory_store, target := Killed())
+    with pytest.raises(KeyboardInterrupt):
+        call(folder, memory_store, target, fresh=True)
+    target.dies = False
+    facts, _ = call(folder, memory_store, target)
+    assert facts["outcome"] == ("submitted" if point == "submit" else "attached")
+    assert "--edition 1" in target.sent[0][0].manifest["spec"]["entrypoint"]
+    assert len(target.jobs) == 1
+
+
 # -- fresh
 
 
@@ -312,6 +349,20 @@ def test_a_fresh_dry_run_claims_nothing(memory_store: MemoryStore, folder: Path)
 
 
 # -- what CI reads
+
+
+def test_data_that_only_this_machine_has_is_not_sent_elsewhere(folder: Path, tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    with pytest.raises(SpecError, match="is a path of this machine, which http://ray:8265 does not see") as caught:
+        retrain(
+            folder / "run.yaml",
+            target="http://ray:8265",
+            store_uri="s3://nowhere/headway",
+            options=Options(outputs=outputs),
+            reporter=Reporter(),
+        )
+    assert caught.value.facts["outcome"] == "error"
+    assert outputs.read_text().startswith("outcome=error\nrun_id=\n")
 
 
 def test_outputs_are_lines_that_ci_systems_read(tmp_path: Path) -> None:

@@ -24,7 +24,15 @@ def group(resources: dict[str, Any], **target: Any) -> dict[str, Any]:
 
 def test_kuberay_starts_a_job_as_often_as_the_job_itself_counts() -> None:
     spec = ray_job(attempt(attempt=7), settings(max_attempts=3)).body()["spec"]
-    assert shlex.split(spec["entrypoint"])[2:] == ["run.yaml", "--first-attempt", "7", "--max-attempts", "3"]
+    assert shlex.split(spec["entrypoint"])[2:] == [
+        "run.yaml",
+        "--edition",
+        "0",
+        "--first-attempt",
+        "7",
+        "--max-attempts",
+        "3",
+    ]
     assert spec["backoffLimit"] == 2
 
 

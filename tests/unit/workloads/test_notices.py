@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import AttemptFailed, AttemptsUsedUp, Displaced, Fenced, Interrupted, StoreError
+from orchestrator.errors import AttemptFailed, AttemptsUsedUp, Displaced, Fenced, Interrupted, SpecError, StoreError
 from orchestrator.release.outcome import Outcome
 from orchestrator.spec import NotifySpec
 from orchestrator.store import claim_attempt, layout
@@ -61,6 +61,11 @@ def test_a_job_that_is_started_again_ends_with_its_last_attempt(memory_store: Me
     assert not is_the_last(AttemptFailed("it broke"), memory_store, RUN, allowance(most=2))
     failed_attempt(memory_store)
     assert is_the_last(AttemptFailed("it broke"), memory_store, RUN, allowance(most=2))
+
+
+def test_nothing_starts_a_persons_mistake_again(memory_store: MemoryStore) -> None:
+    failed_attempt(memory_store)
+    assert is_the_last(SpecError("it does not fit"), memory_store, RUN, allowance(most=5))
 
 
 def test_another_jobs_attempt_goes_on(memory_store: MemoryStore) -> None:
