@@ -74,6 +74,7 @@ def refused_and_not_finite(
         yield refused, not_finite
 
 
+@pytest.mark.full
 def test_of_two_runs_that_need_all_gpus_one_starts_and_the_other_says_why_it_waits(
     cluster: Installed, refused_and_not_finite: tuple[Submitted, Submitted]
 ) -> None:
@@ -89,7 +90,7 @@ def test_of_two_runs_that_need_all_gpus_one_starts_and_the_other_says_why_it_wai
     assert pods == [], "it holds nothing while it waits"
 
 
-@pytest.mark.full
+@pytest.mark.full  # these two are one story: what the first leaves in the queue ends in the second
 def test_a_gate_refusal_and_a_loss_that_is_not_finite_start_no_second_cluster(
     cluster: Installed, refused_and_not_finite: tuple[Submitted, Submitted]
 ) -> None:
