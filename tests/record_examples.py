@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -301,3 +301,14 @@ def _outcome(state: str, *, ended_s: float, steps: int, reason: str = "") -> dic
         },
         "ended_s": ended_s,
     }
+
+
+STORIES: dict[str, Callable[[], RunRecord]] = {
+    "waiting": waiting,
+    "begun": begun,
+    "failed": failed,
+    "refused": refused,
+    "whole": whole,
+    "hostile": hostile,
+}
+"""What became of a run, by name."""

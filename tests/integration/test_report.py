@@ -13,7 +13,6 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from orchestrator.record.goodput import account
-from orchestrator.record.model import RunRecord
 from orchestrator.record.report import Report, to_html
 from orchestrator.record.report.build import build
 from orchestrator.record.report.model import Against, Facts
@@ -34,14 +33,6 @@ FACTS = Facts(
         interval=Interval(difference=-0.0283, low=-0.0341, high=-0.0226),
     ),
 )  # fmt: skip
-STORIES: dict[str, Callable[[], RunRecord]] = {
-    "waiting": examples.waiting,
-    "begun": examples.begun,
-    "failed": examples.failed,
-    "refused": examples.refused,
-    "whole": examples.whole,
-    "hostile": examples.hostile,
-}
 WIDTHS = {"desk": 1280, "phone": 360}
 LEAST_CONTRAST, LEAST_CONTRAST_LARGE = 4.5, 3.0
 """WCAG 2.2, 1.4.3 (AA). Text is large from 24 px on, or from 18.66 px where it is bold."""
@@ -102,7 +93,7 @@ class Look:
 
 
 def report_of(story: str) -> Report:
-    record = STORIES[story]()
+    record = examples.STORIES[story]()
     return build(record, account(record), FACTS if story not in ("waiting", "begun", "failed") else None)
 
 
@@ -143,7 +134,7 @@ def look(browser: Browser, pages: Callable[[str], Path], tmp_path: Path) -> Iter
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("story", examples.STORIES)
 def test_a_page(look: Callable[..., Look], story: str, width: int, scheme: str) -> None:
     seen = look(story, width=width, scheme=scheme)
     assert seen.console == []

@@ -30,7 +30,7 @@ from orchestrator.targets.stack import Stack
 from tests.command_line import Said, finish, start
 from tests.faults.fault import Fault, Kind
 from tests.faults.proxy import FaultProxy
-from tests.integration.test_bad_days import put_corpus
+from tests.integration.test_bad_days import SLOW_TASK, put_corpus
 from tests.tiny_run import TINY_LLAMA
 
 WAIT_S = 180.0
@@ -38,19 +38,6 @@ AT_ONCE = 20
 OUTAGE_S = 20.0
 """In the test. The retries outlast a minute as well: tests/unit/store/test_client.py adds them up."""
 STEPS = 200
-SLOW_TASK = """
-import time
-from pathlib import Path
-
-from workloads.tasks.causal_lm import CausalLM
-
-
-class SlowTask(CausalLM):
-    def loss_sum(self, model, batch):
-        if not Path({fast!r}).exists():
-            time.sleep(0.25)
-        return super().loss_sum(model, batch)
-"""
 
 
 @dataclass(frozen=True, kw_only=True)

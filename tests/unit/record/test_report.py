@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -40,14 +39,6 @@ AGAINST = Against(
     loss=2.341,
     interval=Interval(difference=-0.0283, low=-0.0341, high=-0.0226),
 )
-STORIES: dict[str, Callable[[], RunRecord]] = {
-    "waiting": examples.waiting,
-    "begun": examples.begun,
-    "failed": examples.failed,
-    "refused": examples.refused,
-    "whole": examples.whole,
-    "hostile": examples.hostile,
-}
 
 
 def report_of(record: RunRecord, facts: Facts | None = None) -> Report:
@@ -93,9 +84,9 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize("story", examples.STORIES)
 def test_a_page_is_whole_and_loads_nothing(story: str) -> None:
-    text = to_html(report_of(STORIES[story]()))
+    text = to_html(report_of(examples.STORIES[story]()))
     page = Page(text)
     assert page.tags <= OURS
     assert len(page.ids) == len(set(page.ids))
@@ -108,7 +99,7 @@ def test_a_page_is_whole_and_loads_nothing(story: str) -> None:
     assert not re.search(r"@import|url\(", text)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     text.encode()
-    to_markdown(report_of(STORIES[story]())).encode()
+    to_markdown(report_of(examples.STORIES[story]())).encode()
 
 
 def test_what_comes_from_outside_stays_text() -> None:
