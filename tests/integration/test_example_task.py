@@ -64,6 +64,7 @@ def submit(directory: Path, stack: Stack, environment: dict[str, str]) -> subpro
     return said
 
 
+@pytest.mark.full
 def test_a_task_from_the_working_directory(
     working_directory: Path, stack: Stack, stack_environment: dict[str, str], stack_store: Store, tmp_path: Path
 ) -> None:

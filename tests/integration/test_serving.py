@@ -253,6 +253,7 @@ def in_flight(served: Served) -> int:
     return num
 
 
+@pytest.mark.full
 def test_promote_reject_and_roll_back_without_a_failed_request(served: Served, tmp_path: Path) -> None:
     store, url = served.store, served.url
     second = release_version(store, MODEL, save_model(tmp_path / "two", seed=2))

@@ -108,6 +108,7 @@ def test_offloaded_state_comes_and_goes(ranks: dict[int, Ranks], pieces: tuple[P
 @few
 @example(pieces=ALL_KINDS)
 @given(pieces=models())
+@pytest.mark.full
 def test_bf16_goes_on_at_any_stage_and_size(ranks: dict[int, Ranks], pieces: tuple[Piece, ...]) -> None:
     setups = every_setup("bf16", sizes=(1, 2))
     accumulated = [Setup(stage=1, size=size, precision="bf16", fp32_accumulation=True) for size in (2, 1)]
