@@ -35,7 +35,7 @@ from tests.unit.checkpoint.states import FakeState, scalars
 KEEP = 2
 SMALL_TABLE, LARGE_TABLE = 100_000, 17 * 2**20
 """Bytes of the buffer in rank 0's file: less than one part of a multipart upload, and more."""
-ANSWER_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 300.0
 _PERIOD = 65521  # prime, so that no block is like another
 _MAX_WARNINGS = 1000
 

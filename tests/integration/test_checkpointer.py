@@ -15,7 +15,7 @@ from orchestrator.checkpoint.verify import verify
 from orchestrator.store import Store
 
 DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
-RUN_TIMEOUT_S = 120
+RUN_TIMEOUT_S = 300
 
 
 @pytest.fixture
