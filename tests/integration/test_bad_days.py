@@ -332,6 +332,7 @@ def test_a_damaged_last_checkpoint_is_trained_again(days: Days, clean: dict[str,
 # -- Ctrl-C, a time-out, a stop, and the gate
 
 
+@pytest.mark.full
 def test_watching_ends_and_the_run_goes_on_and_is_stopped(days: Days, clean: dict[str, Any]) -> None:
     run_file = days.write_slow("stopped", workers=1, gate={"max_loss": 0.01})
     watching = days.start("submit", run_file, "--json")
@@ -361,6 +362,7 @@ def test_watching_ends_and_the_run_goes_on_and_is_stopped(days: Days, clean: dic
     assert f"resumed at step {step}" in refused.err
 
 
+@pytest.mark.full
 def test_the_gates_word_stands(days: Days, clean: dict[str, Any]) -> None:
     said = days.headway("submit", "stopped.yaml", "--json", timeout_s=AT_ONCE_S)
     said.assert_refused(3, "refused by the gate", "gate.max_loss 0.01")

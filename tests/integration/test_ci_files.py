@@ -109,6 +109,7 @@ def test_the_install_step_installs_this_repositorys_base_package(job: GitHubJob)
     assert not names & {"ray", "torch", "transformers", "kubernetes"}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("corpus")
 def test_a_cancelled_job_lets_go_and_the_next_one_sees_the_run_to_its_end(
     job: GitHubJob, stack: Stack, receiver: Receiver
@@ -145,6 +146,7 @@ def test_a_cancelled_job_lets_go_and_the_next_one_sees_the_run_to_its_end(
     assert receiver.bodies()[0]["figures"]["loss"] > 0
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("corpus")
 def test_the_same_again_is_unchanged(job: GitHubJob, stack: Stack, receiver: Receiver) -> None:
     no_part_of_what_it_is_made_of: dict[str, Any] = {"gate": {"max_loss": 50.0}, "resources": {"max_failures": 1}}
@@ -227,6 +229,7 @@ def test_the_workflows_own_scripts(job: GitHubJob, tmp_path: Path) -> None:
 # -- GitLab
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("corpus")
 def test_gitlabs_job_hands_on_what_came_out(job: GitHubJob, stack: Stack, receiver: Receiver) -> None:
     """After the tests above, which trained this very run."""

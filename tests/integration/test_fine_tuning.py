@@ -21,6 +21,8 @@ from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.stack import Stack
 from tests.unit.workloads.bases import save_base
 
+pytestmark = pytest.mark.full
+
 Headway = Callable[..., subprocess.CompletedProcess[str]]
 Submit = Callable[[dict[str, Any]], subprocess.CompletedProcess[str]]
 NUM_RECORDS = 300
@@ -171,7 +173,6 @@ def test_a_chat_model_is_tuned_by_an_adapter_that_serves(
     assert answer == whole.choices[0].message.content
 
 
-@pytest.mark.full
 def test_a_classifier_is_tuned_and_gated(
     stack: Stack, headway: Headway, submit: Submit, stack_store: Store, bucket: Store, tmp_path: Path
 ) -> None:

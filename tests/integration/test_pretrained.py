@@ -230,6 +230,7 @@ def test_merged_and_unmerged_logits_agree(
         load_adapted(tmp_path / "adapter", other, "AutoModelForCausalLM")
 
 
+@pytest.mark.full
 def test_the_command_line_exports_either_form(
     store: Store, ranks: dict[int, Ranks], tmp_path: Path, llama: Path
 ) -> None:

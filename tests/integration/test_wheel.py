@@ -18,6 +18,8 @@ from tests.tiny_model import release_version, save_model
 from tests.unit.checkpoint.saving import RUN, SHAPES, new_group, save
 from tests.unit.checkpoint.states import random_values
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 UV = Path(sys.executable).with_name("uv")
 HEAVY = ("ray", "torch", "deepspeed", "transformers")
