@@ -46,15 +46,15 @@ $(INSTALLED): requirements/local.txt pyproject.toml
 	$(BIN)/python -m workloads.build_ops
 	@touch $@
 
-test: test-unit
-	$(BIN)/python -m pytest tests/integration tests/faults
+test: install
+	$(BIN)/python -m pytest tests/unit tests/integration tests/faults
 
 # The tests that take minutes each too, with all faults: two hours on 2 cores. Before a release, and every night.
 test-all: export HEADWAY_TESTS := all
 test-all: test
 
 test-unit: install
-	$(BIN)/python -m pytest tests/unit -n auto
+	$(BIN)/python -m pytest tests/unit
 
 test-integration: install
 	$(BIN)/python -m pytest tests/integration
