@@ -169,6 +169,14 @@ def wait_for(condition: Callable[[], bool], what: str, *, timeout_s: float = RUN
     print(f"{what} after {time.monotonic() - began_s:.1f} s")
 
 
+def attached(watching: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    """The same, once it watches a job in flight: one that came later than a kill would submit the next attempt."""
+    assert watching.stderr is not None
+    said = watching.stderr.readline()
+    assert "attached" in said, said
+    return watching
+
+
 def kill(stack: Stack, *words: str) -> None:
     """SIGKILL the one process of the stack whose command holds all of ``words``."""
     found = [each for each in processes.marked(stack.id) if all(w in processes.command_line(each.pid) for w in words)]
@@ -387,7 +395,7 @@ def test_a_killed_worker_costs_no_more_than_since_the_last_commit(days: Days, cl
 
 def test_a_killed_driver_means_the_next_attempt(days: Days, clean: dict[str, Any]) -> None:
     run_id = days.run_of("killed")
-    watching = days.start("submit", "killed.yaml", "--json")
+    watching = attached(days.start("submit", "killed.yaml", "--json"))
     step = days.wait_for_commit("killed", above=max(committed_steps(days.store, run_id)), attempt=1)
     kill(days.stack, "python", "headway run killed.yaml")
     finish(watching, timeout_s=RUN_TIMEOUT_S).assert_refused(1, run_id, "without an outcome").assert_next_step(
@@ -420,7 +428,7 @@ def test_a_store_that_hangs_for_a_while_is_waited_for(days: Days, clean: dict[st
 @pytest.mark.full
 def test_a_killed_store_loses_nothing_that_was_committed(days: Days, clean: dict[str, Any]) -> None:
     run_id = days.run_of("killed")
-    watching = days.start("submit", "killed.yaml", "--json")
+    watching = attached(days.start("submit", "killed.yaml", "--json"))
     (before, *_) = committed_steps(days.store, run_id)
     step = days.wait_for_commit("killed", above=before, attempt=2)
     server = days.stack.s3_process
