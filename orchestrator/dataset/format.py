@@ -3,6 +3,8 @@
 A shard is a flat little-endian array; a split is its shards one after the other. Of a stream it holds token ids, and
 sample ``i`` of length L is tokens ``[i·L, i·L + L]``, so that every token but the first is predicted once. Of
 conversations and of labelled texts it holds rows of equal length, as :mod:`orchestrator.dataset.rows` says.
+
+A shard is read in pieces of ``piece_bytes``, the last of them shorter, and the manifest holds the digest of each.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Literal
 
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from orchestrator.errors import IntegrityError, NotFound, SpecError
@@ -17,7 +20,9 @@ from orchestrator.spec import DataSpec, SampleKind, canonical_json
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
 
-PREPARE_VERSION = 1  # raise it when the same source would give other tokens
+FORMAT: Literal["headway/dataset/2"] = "headway/dataset/2"
+PIECE_BYTES = 4 * 2**20
+PREPARE_VERSION = 2  # raise it when the same source would give other tokens
 RECORDS_VERSION = 1  # the same for conversations and labelled texts
 
 
@@ -29,7 +34,18 @@ class Shard(_Frozen):
     file: str
     num_tokens: int
     size_bytes: int
-    sha256: str
+    pieces: tuple[str, ...]
+    """SHA-256 of each ``piece_bytes`` of the shard."""
+
+    @classmethod
+    def of(cls, file: str, entries: npt.NDArray[Any], *, piece_bytes: int = PIECE_BYTES) -> tuple[Shard, bytes]:
+        """A shard of these entries, and its bytes."""
+        data = entries.astype(entries.dtype.newbyteorder("<"), copy=False).tobytes()
+        view = memoryview(data)
+        pieces = (
+            hashlib.sha256(view[start : start + piece_bytes]).hexdigest() for start in range(0, len(data), piece_bytes)
+        )
+        return cls(file=file, num_tokens=len(entries), size_bytes=len(data), pieces=tuple(pieces)), data
 
 
 class Split(_Frozen):
@@ -70,10 +86,11 @@ class Tokenizer(_Frozen):
 
 
 class DatasetManifest(_Frozen):
-    format: Literal["headway/dataset/1"] = "headway/dataset/1"
+    format: Literal["headway/dataset/2"] = FORMAT
     name: str
     fingerprint: str
     dtype: Literal["uint16", "uint32"]
+    piece_bytes: int = PIECE_BYTES
     tokenizer: Tokenizer
     train: Split
     eval: Split
@@ -113,6 +130,8 @@ class DatasetManifest(_Frozen):
             for shard in split.shards:
                 if shard.num_tokens < 1 or shard.size_bytes != token_bytes * shard.num_tokens:
                     raise ValueError(f"{shard.file}: {shard.num_tokens} tokens do not take {shard.size_bytes} bytes")
+                if self.piece_bytes < 1 or len(shard.pieces) != -(-shard.size_bytes // self.piece_bytes):
+                    raise ValueError(f"{shard.file}: {len(shard.pieces)} digests are not those of its pieces")
         return self
 
     def num_samples(self, split: Split, sequence_length: int) -> int:
@@ -181,29 +200,40 @@ def read_manifest(store: Store, name: str, fingerprint_: str) -> DatasetManifest
     """
     key = layout.dataset_manifest(name, fingerprint_)
     document = store.get_json(key)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
+        raise IntegrityError(
+            f"{store.uri_of(key)} has the format {found!r}; this version of Headway reads {FORMAT!r}.",
+            next_step="Prepare the data anew from its source: headway prepare",
+        )
     try:
         return DatasetManifest.model_validate(document)
     except ValidationError as e:
-        raise IntegrityError(f"{store.uri_of(key)} is not a headway/dataset/1 manifest: {e.errors()[0]['msg']}.") from e
+        raise IntegrityError(f"{store.uri_of(key)} is not a {FORMAT} manifest: {e.errors()[0]['msg']}.") from e
 
 
 def find_dataset(store: Store, reference: str) -> DatasetManifest:
     """The dataset that ``NAME`` or ``NAME@FINGERPRINT`` means; of several preparations the newest.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is none. IntegrityError: there are some, of which this version can read none.
     """
     name, _, wanted = reference.partition("@")
     if wanted:
         candidates = [wanted]
     else:
         candidates = list(store.list_folders(layout.datasets(name)))
-    found = []
+    found: list[DatasetManifest] = []
+    unread: IntegrityError | None = None
     for candidate in candidates:
         try:
             found.append(read_manifest(store, name, candidate))
         except NotFound:
             continue
+        except IntegrityError as e:  # of an older version of Headway, say: it hides no other preparation
+            unread = e
+    if not found and unread is not None:
+        raise unread
     if not found:
         raise SpecError(
             f"data.dataset: there is no prepared dataset {reference!r} in {store.uri}.",

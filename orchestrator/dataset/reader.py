@@ -45,7 +45,9 @@ class TokenReader:
         folder = (cache or cache_directory()) / "datasets" / manifest.fingerprint
         prefix = layout.dataset(manifest.name, manifest.fingerprint)
         with ThreadPoolExecutor(_FETCHES) as pool:
-            paths = list(pool.map(lambda shard: _fetch(store, prefix, shard, folder), split.shards))
+            paths = list(
+                pool.map(lambda shard: _fetch(store, prefix, shard, folder, manifest.piece_bytes), split.shards)
+            )
         self._shards = [np.memmap(path, dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r") for path in paths]
         self._starts = [0, *accumulate(shard.num_tokens for shard in split.shards)]
 
@@ -97,16 +99,19 @@ def require_samples(reader: TokenReader, *, at_least: int, what: str) -> None:
         )
 
 
-def _fetch(store: Store, prefix: str, shard: Shard, folder: Path) -> Path:
+def _fetch(store: Store, prefix: str, shard: Shard, folder: Path, piece_bytes: int) -> Path:
     """A shard's path on this node's disk, its bytes checked."""
     if shard.file in ("", "..") or Path(shard.file).name != shard.file:
         raise IntegrityError(f"The manifest names a shard {shard.file!r} outside its folder.")
     path = folder / shard.file
-    if path.exists() and _matches(path, shard):
+    if path.exists() and _matches(path.read_bytes(), shard, piece_bytes):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.download(prefix + shard.file, path, sha256=shard.sha256)
+        data = store.get(prefix + shard.file)
+        if not _matches(data, shard, piece_bytes):
+            raise IntegrityError(f"{store.uri_of(prefix + shard.file)} does not match its recorded digests.")
+        path.write_bytes(data)
     except OSError as e:
         raise EnvironmentUnusable(
             f"{shard.file} ({shard.size_bytes} bytes) cannot be kept in {folder}: {e}.",
@@ -115,8 +120,8 @@ def _fetch(store: Store, prefix: str, shard: Shard, folder: Path) -> Path:
     return path
 
 
-def _matches(path: Path, shard: Shard) -> bool:
-    if path.stat().st_size != shard.size_bytes:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+def _matches(data: bytes, shard: Shard, piece_bytes: int) -> bool:
+    pieces = [
+        hashlib.sha256(data[start : start + piece_bytes]).hexdigest() for start in range(0, len(data), piece_bytes)
+    ]
+    return len(data) == shard.size_bytes and pieces == list(shard.pieces)

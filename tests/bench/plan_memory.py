@@ -158,11 +158,10 @@ def make_dataset(store: Store, sequence_length: int) -> DatasetManifest:
     random, prefix = np.random.default_rng(0), layout.dataset("random", fingerprint)
 
     def split(name: str, num_rows: int) -> Split:
-        rows = np.concatenate([_row(random, sequence_length + 1) for _ in range(num_rows)]).astype("<u4").tobytes()
-        digest = hashlib.sha256(rows).hexdigest()
-        shard = Shard(file=f"{name}.bin", num_tokens=len(rows) // 4, size_bytes=len(rows), sha256=digest)
-        store.upload(prefix + shard.file, rows)
-        return Split(shards=(shard,), num_tokens=shard.num_tokens, num_bytes=len(rows), num_files=1)
+        rows = np.concatenate([_row(random, sequence_length + 1) for _ in range(num_rows)]).astype("<u4")
+        shard, data = Shard.of(f"{name}.bin", rows)
+        store.upload(prefix + shard.file, data)
+        return Split(shards=(shard,), num_tokens=shard.num_tokens, num_bytes=len(data), num_files=1)
 
     unread = TokenizerFile(sha256="0" * 64, size_bytes=1)
     manifest = DatasetManifest(

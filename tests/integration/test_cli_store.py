@@ -83,7 +83,7 @@ def filled(store: Store) -> Store:
 
 def put_dataset(store: Store) -> None:
     def split(name: str, num_tokens: int) -> Split:
-        shard = Shard(file=f"{name}-00000.bin", num_tokens=num_tokens, size_bytes=2 * num_tokens, sha256=SHA256)
+        shard = Shard(file=f"{name}-00000.bin", num_tokens=num_tokens, size_bytes=2 * num_tokens, pieces=(SHA256,))
         return Split(shards=(shard,), num_tokens=num_tokens, num_bytes=3 * num_tokens, num_files=1)
 
     manifest = DatasetManifest(

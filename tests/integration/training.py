@@ -268,10 +268,9 @@ def make_dataset(store: Store) -> DatasetManifest:
     def split(name: str, *pieces: np.ndarray[Any, Any]) -> Split:
         shards = []
         for number, piece in enumerate(pieces):
-            data, file = piece.tobytes(), f"{name}-{number:05d}.bin"
-            store.create(prefix + file, data)
-            digest = hashlib.sha256(data).hexdigest()
-            shards.append(Shard(file=file, num_tokens=len(piece), size_bytes=len(data), sha256=digest))
+            shard, data = Shard.of(f"{name}-{number:05d}.bin", piece)
+            store.create(prefix + shard.file, data)
+            shards.append(shard)
         total = sum(shard.num_tokens for shard in shards)
         return Split(shards=tuple(shards), num_tokens=total, num_bytes=2 * total, num_files=1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -179,9 +178,9 @@ def upload_shard(store: Store, prefix: str, file: str, entries: npt.NDArray[Any]
     """Write a part's share of a split; None where there is nothing of it."""
     if not len(entries):
         return None
-    data = entries.astype(entries.dtype.newbyteorder("<")).tobytes()
+    shard, data = Shard.of(file, entries)
     store.create(prefix + file, data)  # the same bytes are there already where an earlier try got this far
-    return Shard(file=file, num_tokens=len(entries), size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return shard
 
 
 def frequencies(targets: npt.NDArray[Any]) -> dict[int, int]:

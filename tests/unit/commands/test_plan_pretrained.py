@@ -144,11 +144,11 @@ def test_steps_of_epochs_are_known_once_the_data_is_prepared(tmp_path: Path) -> 
 
 
 def prepared(fingerprint: str, *, num_rows: int) -> dict[str, Any]:
-    shard = {"file": "0", "num_tokens": 17 * num_rows, "size_bytes": 4 * 17 * num_rows, "sha256": "0" * 64}
+    shard = {"file": "0", "num_tokens": 17 * num_rows, "size_bytes": 4 * 17 * num_rows, "pieces": ["0" * 64]}
     split = {"shards": [shard], "num_tokens": 17 * num_rows, "num_bytes": 1, "num_files": 1}
     tokenizer = {"file": "tokenizer.json", "sha256": "0" * 64, "size_bytes": 1, "vocab_size": 300, "end_of_text_id": 0}
     return {
-        "format": "headway/dataset/1",
+        "format": "headway/dataset/2",
         "name": "tuned",
         "fingerprint": fingerprint,
         "dtype": "uint32",

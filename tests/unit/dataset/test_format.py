@@ -18,13 +18,14 @@ from tests.unit.fakes import MemoryStore
 
 LISTING = [("a.py", "etag-1", 10), ("b/c.py", "etag-2", 20)]
 DATA = DataSpec(train="s3://bucket/**/*.py")
-FINGERPRINT = "9c40fce0752b2b75"
+FINGERPRINT = "7382e535f290dea7"
 
 
 def manifest(**fields: object) -> dict[str, Any]:
-    shard = {"file": "train-00000.bin", "num_tokens": 10, "size_bytes": 20, "sha256": "0" * 64}
+    shard = {"file": "train-00000.bin", "num_tokens": 10, "size_bytes": 20, "pieces": ["0" * 64]}
     split = {"shards": [shard], "num_tokens": 10, "num_bytes": 30, "num_files": 1}
     return {
+        "format": "headway/dataset/2",
         "name": "text",
         "fingerprint": "0123456789abcdef",
         "dtype": "uint16",
@@ -42,7 +43,7 @@ def manifest(**fields: object) -> dict[str, Any]:
 
 def of_rows(num_tokens: int) -> dict[str, Any]:
     """Both splits, of 32-bit entries."""
-    shard = {"file": "train-00000.bin", "num_tokens": num_tokens, "size_bytes": 4 * num_tokens, "sha256": "0" * 64}
+    shard = {"file": "train-00000.bin", "num_tokens": num_tokens, "size_bytes": 4 * num_tokens, "pieces": ["0" * 64]}
     split = {"shards": [shard], "num_tokens": num_tokens, "num_bytes": 30, "num_files": 1, "num_targets": 2}
     return {"train": split, "eval": copy.deepcopy(split)}
 
@@ -131,7 +132,7 @@ def test_a_manifest_is_read_back(memory_store: MemoryStore) -> None:
 
 
 LIES: list[dict[str, Any]] = [
-    {"format": "headway/dataset/2"},
+    {"format": "headway/dataset/1"},
     {"extra": 1},
     {"dtype": "uint32"},
     {"train": {**manifest()["train"], "num_tokens": 11}},
@@ -150,7 +151,7 @@ LIES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("lie", LIES)
 def test_a_manifest_that_lies_is_refused(memory_store: MemoryStore, lie: dict[str, Any]) -> None:
     memory_store.create_json(layout.dataset_manifest("text", "f"), manifest(**lie))
-    with pytest.raises(IntegrityError, match="headway/dataset/1"):
+    with pytest.raises(IntegrityError, match="headway/dataset/2"):
         read_manifest(memory_store, "text", "f")
 
 

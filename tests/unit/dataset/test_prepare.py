@@ -195,7 +195,7 @@ def test_a_part_done_twice_is_the_same_part(corpus: MemoryStore) -> None:
     assert prepare_part(job, corpus) == first
     shard = first.splits["train"].shard
     assert shard is not None
-    assert hashlib.sha256(corpus.get("ds/train-00000.bin")).hexdigest() == shard.sha256
+    assert hashlib.sha256(corpus.get("ds/train-00000.bin")).hexdigest() == shard.pieces[0]
 
 
 def test_a_jobs_and_a_parts_json_says_all_of_it(corpus: MemoryStore) -> None:

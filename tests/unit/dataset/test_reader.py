@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,9 @@ def make(store: MemoryStore, sizes: list[int], dtype: str = "uint16") -> tuple[D
     tokens = np.random.default_rng(1).integers(0, 60_000, sum(sizes)).astype(f"<{dtype[0]}{int(dtype[4:]) // 8}")
     shards = []
     for number, part in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
-        data, file = part.tobytes(), f"train-{number:05d}.bin"
-        store.create(PREFIX + file, data)
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append(Shard(file=file, num_tokens=len(part), size_bytes=len(data), sha256=digest))
+        shard, data = Shard.of(f"train-{number:05d}.bin", part)
+        store.create(PREFIX + shard.file, data)
+        shards.append(shard)
     split = Split(shards=tuple(shards), num_tokens=len(tokens), num_bytes=1, num_files=1)
     return DatasetManifest.model_validate(manifest(dtype=dtype, train=split, eval=split)), tokens
 
@@ -124,10 +122,9 @@ def make_rows(store: MemoryStore, kind: str, entries: np.ndarray, *, shard_rows:
     """A dataset of these rows, shape (rows, R), so many to a shard."""
     shards = []
     for number, part in enumerate(np.split(entries.astype("<u4"), np.cumsum(shard_rows)[:-1])):
-        data, file = part.tobytes(), f"train-{number:05d}.bin"
-        store.create(PREFIX + file, data)
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append(Shard(file=file, num_tokens=part.size, size_bytes=len(data), sha256=digest))
+        shard, data = Shard.of(f"train-{number:05d}.bin", part.ravel())
+        store.create(PREFIX + shard.file, data)
+        shards.append(shard)
     split = Split(shards=tuple(shards), num_tokens=entries.size, num_bytes=1, num_files=1, num_targets=1)
     fields = {"classes": ("a", "b")} if kind == "labelled" else {}
     return DatasetManifest.model_validate(
