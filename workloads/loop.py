@@ -166,7 +166,8 @@ class Loop:
         self.observer.saves(self.writer)
         save_s = time.perf_counter() - started + self.observer.blocked_s(self.writer)
         state = "failed" if saved is not None and saved.error is not None else end
-        self.observer.note("training_done", step=step, state=state, save_s=round(save_s, 3))
+        read = self.batches.counts()
+        self.observer.note("training_done", step=step, state=state, save_s=round(save_s, 3), read=read)
         return saved
 
     def _scalars(self, step: int, loss: float | None, looks: Looks) -> State:

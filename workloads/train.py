@@ -88,7 +88,7 @@ def train(
     base = base_context(spec, store, job.base)
     task = task_of(spec, manifest, base)
     split = split_batch(spec.train.global_batch_size, world_size, spec.train.micro_batch_size)
-    batches = open_feed(spec, store, manifest, task, split, rank=rank, device=device)
+    batches = open_feed(spec, store, manifest, task, split, rank=rank, num_steps=job.total_steps, device=device)
     torch.manual_seed(spec.train.seed)
     precision = resolve_precision(spec.train.precision, gpu=device.type == "cuda", native_bf16=_has_native_bf16(device))
     model = task.build_model()

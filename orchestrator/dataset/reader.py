@@ -1,34 +1,47 @@
-"""Reads samples of a prepared dataset. Shards are fetched once a node, checked, and mapped into memory."""
+"""Reads samples of a prepared dataset, piece by piece as they are needed, and ahead of their use."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.dataset.format import DatasetManifest, Shard, Split
+from orchestrator.dataset.cache import Bytes, PieceCache
+from orchestrator.dataset.fetch import Fetcher
+from orchestrator.dataset.format import DatasetManifest, Split
+from orchestrator.dataset.pieces import PieceMap
 from orchestrator.dataset.rows import Rows, unpack_labelled, unpack_packed
-from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError
-from orchestrator.store import layout
+from orchestrator.errors import RunError
 from orchestrator.store.s3 import Store
 
-_FETCHES = 4  # shards fetched at once
+MAPPED_BYTES = 8 * 2**30
+_READ_ON = 4  # pieces fetched behind one that is read in sequence
+
+I64 = npt.NDArray[np.int64]
+Allocate = Callable[[tuple[int, ...]], I64]
+"""Makes the array that token ids are read into; pinned memory, say."""
 
 
-def cache_directory() -> Path:
-    """Where files from the store are kept on this node: ``HEADWAY_CACHE``, else ``~/.cache/headway``."""
-    return Path(os.environ.get("HEADWAY_CACHE") or Path.home() / ".cache" / "headway")
+def _allocate(shape: tuple[int, ...]) -> I64:
+    return np.empty(shape, dtype=np.int64)
 
 
 class TokenReader:
-    """The samples of one split. Opening it fetches what is not on this node yet and checks every byte."""
+    """The samples of one split. Opening it reads nothing yet.
+
+    For one thread at a time. After a fork the child gets threads and connections of its own.
+
+    Args:
+        cache: the node's folder of pieces; None is the one that all of the node share.
+        mapped_bytes: of pieces that stay mapped into memory. They are pages of the node's file cache, which the kernel
+            takes back where memory is short; a piece that had to go is mapped again, and not fetched.
+    """
 
     def __init__(
         self,
@@ -38,51 +51,138 @@ class TokenReader:
         *,
         sequence_length: int,
         cache: Path | None = None,
+        mapped_bytes: int = MAPPED_BYTES,
     ) -> None:
         self.sequence_length = sequence_length
         self.num_samples = manifest.num_samples(split, sequence_length)
         self._kind = manifest.kind
-        folder = (cache or cache_directory()) / "datasets" / manifest.fingerprint
-        prefix = layout.dataset(manifest.name, manifest.fingerprint)
-        with ThreadPoolExecutor(_FETCHES) as pool:
-            paths = list(
-                pool.map(lambda shard: _fetch(store, prefix, shard, folder, manifest.piece_bytes), split.shards)
-            )
-        self._shards = [np.memmap(path, dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r") for path in paths]
-        self._starts = [0, *accumulate(shard.num_tokens for shard in split.shards)]
+        self._stride = sequence_length if self._kind == "stream" else sequence_length + 1
+        self._pieces = PieceMap(manifest, split)
+        self._store, self._cache = store, PieceCache(cache)
+        self._max_held = max(2, mapped_bytes // manifest.piece_bytes)
+        self._held: OrderedDict[int, Future[Bytes] | npt.NDArray[Any]] = OrderedDict()
+        self._fetcher: Fetcher | None = None
+        self._process = os.getpid()
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> Rows:
+    def rows(self, indices: I64, *, allocate: Allocate = _allocate) -> Rows:
         """What the task takes of ``indices``, all in ``0 … num_samples - 1``; B of them, with L = sequence_length.
 
         A stream gives ``tokens`` (B, L + 1). Conversations give ``tokens``, ``is_target`` and ``positions``, each
         (B, L + 1). Labelled texts give ``tokens`` (B, L), ``label`` (B,) and ``length`` (B,).
+
+        Raises:
+            IntegrityError: bytes that are not the manifest's. StoreError: they cannot be had.
         """
         if self._kind == "stream":
-            return {"tokens": self.samples(indices)}
+            return {"tokens": self.samples(indices, allocate=allocate)}
         entries = np.empty((len(indices), self.sequence_length + 1), dtype=np.uint32)
-        for row, index in enumerate(indices):
-            self._read(int(index) * entries.shape[1], entries[row])
+        self._read(indices, entries)
         return unpack_packed(entries) if self._kind == "packed" else unpack_labelled(entries)
 
-    def samples(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def samples(self, indices: I64, *, allocate: Allocate = _allocate) -> I64:
         """Token ids of a stream's ``indices``; shape (len(indices), sequence_length + 1)."""
         if self._kind != "stream":
             raise ValueError(f"{self._kind} samples are read by rows()")
-        out = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
-        for row, index in enumerate(indices):
-            self._read(int(index) * self.sequence_length, out[row])
+        out = allocate((len(indices), self.sequence_length + 1))
+        self._read(indices, out)
         return out
 
-    def _read(self, start: int, out: npt.NDArray[Any]) -> None:
-        """Fill ``out`` with the entries from ``start`` on, over the borders of shards."""
-        shard = bisect_right(self._starts, start) - 1
-        filled = 0
-        while filled < len(out):
-            offset = start + filled - self._starts[shard]
-            part = self._shards[shard][offset : offset + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
+    def prefetch(self, indices: I64, *, at_most: int) -> list[int]:
+        """Begin to get what the batches ``indices``, shape (S, B), need and is not being got already.
+
+        It stops before the first batch that would take it over ``at_most`` bytes, but not before the first of all.
+        Returns how many bytes each of the batches before that needs, beyond what those before it do.
+        """
+        starts = indices * self._stride
+        pieces = np.concatenate([self._pieces.find(starts)[0], self._pieces.find(starts + self.sequence_length)[0]], 1)
+        wanted, first = np.unique(pieces, return_index=True)
+        in_order = np.argsort(first)
+        num_bytes = [0] * len(indices)
+        total = 0
+        for piece, batch in zip(wanted[in_order].tolist(), (first[in_order] // pieces.shape[1]).tolist(), strict=True):
+            if batch and total >= at_most:
+                return num_bytes[:batch]
+            num_bytes[batch] += (more := self._request(piece))
+            total += more
+        return num_bytes
+
+    def counts(self) -> dict[str, int]:
+        """What was read so far, by :meth:`orchestrator.dataset.fetch.Fetcher.counts`."""
+        return self._fetcher.counts() if self._fetcher is not None and self._process == os.getpid() else {}
+
+    def close(self) -> None:
+        if self._fetcher is not None and self._process == os.getpid():
+            self._fetcher.close()
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("A reader stays in its process: send the dataset's name, and open it there")
+
+    def _read(self, indices: I64, out: npt.NDArray[Any]) -> None:
+        """Fill the rows of ``out`` with the entries of the samples, over the borders of pieces and shards."""
+        starts = indices * self._stride
+        pieces, offsets = (found.tolist() for found in self._pieces.find(starts))
+        needed = set(pieces)
+        if any(piece not in self._held for piece in needed):
+            self._ensure(indices, max(needed))
+        entries = {piece: self._entries(piece) for piece in needed}
+        length = out.shape[1]
+        for row, (piece, offset) in enumerate(zip(pieces, offsets, strict=True)):
+            here = entries[piece][offset : offset + length]
+            if len(here) == length:
+                out[row] = here
+                continue
+            filled = 0
+            while True:
+                out[row, filled : filled + len(here)] = here
+                filled += len(here)
+                if filled == length:
+                    break
+                piece += 1
+                here = self._entries(piece)[: length - filled]
+
+    def _ensure(self, indices: I64, last_piece: int) -> None:
+        """Have all of them on their way before the first is waited for."""
+        self.prefetch(indices[None], at_most=0)
+        if len(indices) > 1 and int(indices[-1] - indices[0]) == len(indices) - 1:  # in sequence: read on
+            for piece in range(last_piece + 1, min(last_piece + 1 + _READ_ON, len(self._pieces))):
+                self._request(piece)
+
+    def _request(self, number: int) -> int:
+        """Have a piece on its way. Returns the bytes that are to come; 0 where it was asked for before."""
+        fetcher = self._live()
+        if number in self._held:
+            return 0
+        piece = self._pieces[number]
+        self._held[number] = fetcher.submit(piece)
+        if len(self._held) > self._max_held:
+            self._held.popitem(last=False)
+        return piece.num_bytes
+
+    def _entries(self, piece: int) -> npt.NDArray[Any]:
+        found = self._held.get(piece)
+        if found is None:
+            self._request(piece)
+            found = self._held[piece]
+        if isinstance(found, Future):
+            try:
+                found = found.result().view(self._pieces.dtype)
+            except BaseException:
+                self._held.pop(piece, None)  # so that a caller who tries again asks again
+                raise
+            self._held[piece] = found
+        self._held.move_to_end(piece)
+        return found
+
+    def _live(self) -> Fetcher:
+        """This process's threads and connections."""
+        if self._fetcher is None or self._process != os.getpid():
+            self._forget()
+            self._fetcher = Fetcher(self._store.of_this_process(), self._cache)
+        return self._fetcher
+
+    def _forget(self) -> None:
+        self._held, self._fetcher, self._process = OrderedDict(), None, os.getpid()
 
 
 def require_samples(reader: TokenReader, *, at_least: int, what: str) -> None:
@@ -97,31 +197,3 @@ def require_samples(reader: TokenReader, *, at_least: int, what: str) -> None:
             f"{at_least} are needed.",
             next_step="Use more data, or a smaller data.sequence_length or train.global_batch_size.",
         )
-
-
-def _fetch(store: Store, prefix: str, shard: Shard, folder: Path, piece_bytes: int) -> Path:
-    """A shard's path on this node's disk, its bytes checked."""
-    if shard.file in ("", "..") or Path(shard.file).name != shard.file:
-        raise IntegrityError(f"The manifest names a shard {shard.file!r} outside its folder.")
-    path = folder / shard.file
-    if path.exists() and _matches(path.read_bytes(), shard, piece_bytes):
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        data = store.get(prefix + shard.file)
-        if not _matches(data, shard, piece_bytes):
-            raise IntegrityError(f"{store.uri_of(prefix + shard.file)} does not match its recorded digests.")
-        path.write_bytes(data)
-    except OSError as e:
-        raise EnvironmentUnusable(
-            f"{shard.file} ({shard.size_bytes} bytes) cannot be kept in {folder}: {e}.",
-            next_step="Free space there, or set HEADWAY_CACHE to a larger disk.",
-        ) from e
-    return path
-
-
-def _matches(data: bytes, shard: Shard, piece_bytes: int) -> bool:
-    pieces = [
-        hashlib.sha256(data[start : start + piece_bytes]).hexdigest() for start in range(0, len(data), piece_bytes)
-    ]
-    return len(data) == shard.size_bytes and pieces == list(shard.pieces)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import threading
 import time
@@ -96,15 +97,20 @@ PROMPT = Patience(attempts=3, connect_timeout_s=4.0, read_timeout_s=10.0)
 class Connection:
     """A boto3 client with its patience. Safe to use from several threads."""
 
-    def __init__(self, api: Any, patience: Patience = PATIENT) -> None:
+    def __init__(self, api: Any, patience: Patience = PATIENT, settings: Mapping[str, str] | None = None) -> None:
         self.api = api
         self.endpoint_url = str(api.meta.endpoint_url)
         self.num_retries = 0
         """Requests, and bodies of answers, that were asked for again since this connection was made."""
-        self._patience = patience
+        self.process = os.getpid()
+        self._patience, self._settings = patience, settings
         self._lock = threading.Lock()
         api.meta.events.register("before-parse.s3", _refuse_short_answer)
         api.meta.events.register("needs-retry.s3", self._wait_after)
+
+    def renewed(self) -> Connection:
+        """Another, made as this one was: for a forked process, which may not share its sockets and locks."""
+        return new_client(self._patience, self._settings)
 
     def read(self, **request: Any) -> bytes:
         """The body of GetObject. One that breaks off, stalls, or is damaged on its way is asked for again.
@@ -186,7 +192,7 @@ def new_client(patience: Patience, settings: Mapping[str, str] | None = None) ->
         session = boto3.session.Session()
         region = session.region_name or "us-east-1"
         chosen = {"region_name": region} | {name: value for name, value in given.items() if value}
-        return Connection(session.client("s3", config=config, **chosen), patience)
+        return Connection(session.client("s3", config=config, **chosen), patience, settings)
     except botocore.exceptions.BotoCoreError as e:
         raise StoreError(f"No S3 client can be made: {e}.", next_step="Check the AWS_… variables and profile.") from e
 

@@ -102,6 +102,12 @@ class Store:
         """Another place reached with the same client: a source of data, say."""
         return Store(bucket, prefix, client=self._connection)
 
+    def of_this_process(self) -> Store:
+        """The same place, with connections of its own where this process was forked from the one that opened it."""
+        if self._connection.process == os.getpid():
+            return self
+        return Store(self.bucket, self.prefix, client=self._connection.renewed())
+
     @property
     def _client(self) -> Any:
         return self._connection.api

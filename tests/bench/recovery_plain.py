@@ -39,7 +39,7 @@ def train_plain(config: dict[str, Any]) -> None:
     manifest = read_manifest(store, *config["dataset"])
     task, device = task_of(spec, manifest), torch.device("cpu")
     split = split_batch(spec.train.global_batch_size, world_size, spec.train.micro_batch_size)
-    feed = open_feed(spec, store, manifest, task, split, rank=rank, device=device)
+    feed = open_feed(spec, store, manifest, task, split, rank=rank, num_steps=spec.train.steps or 0, device=device)
     torch.manual_seed(spec.train.seed)
     engine = Engine(task.build_model(), train=spec.train, split=split, precision="fp32", device=device)
     total_steps = spec.train.steps or 0

@@ -251,10 +251,16 @@ def plain_losses(
         parameter_groups(model, weight_decay=settings.weight_decay), betas=settings.betas, eps=settings.eps
     )
     reader = TokenReader(store, dataset, dataset.train, sequence_length=SEQUENCE_LENGTH)
-    order = SampleOrder(fingerprint=dataset.fingerprint, seed=spec.train.seed, num_samples=reader.num_samples)
+    order = SampleOrder(
+        fingerprint=dataset.fingerprint,
+        seed=spec.train.seed,
+        num_samples=reader.num_samples,
+        global_batch_size=GLOBAL_BATCH,
+        sequence_length=reader.sequence_length,
+    )
     losses = {}
     for step in range(total_steps):
-        tokens = torch.from_numpy(reader.rows(order.batch(step, GLOBAL_BATCH))["tokens"])
+        tokens = torch.from_numpy(reader.rows(order.batch(step))["tokens"])
         logits: Tensor = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()

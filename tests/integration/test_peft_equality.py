@@ -182,8 +182,14 @@ def batches_of(
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     known = {tuple(ids): is_target for ids, is_target in (rendered(record, tokenizer) for record in records)}
     reader = TokenReader(store, dataset, dataset.train, sequence_length=ROW_TOKENS - 1)
-    order = SampleOrder(fingerprint=dataset.fingerprint, seed=spec.train.seed, num_samples=reader.num_samples)
-    rows = [reader.rows(order.batch(step, spec.train.global_batch_size))["tokens"] for step in range(STEPS)]
+    order = SampleOrder(
+        fingerprint=dataset.fingerprint,
+        seed=spec.train.seed,
+        num_samples=reader.num_samples,
+        global_batch_size=spec.train.global_batch_size,
+        sequence_length=reader.sequence_length,
+    )
+    rows = [reader.rows(order.batch(step))["tokens"] for step in range(STEPS)]
     batches = [[one for row in batch.tolist() for one in unpacked(row, known)] for batch in rows]
     assert min(len(batch) for batch in batches) >= 2 * spec.train.global_batch_size  # else nothing would be apart
     return batches

@@ -62,6 +62,9 @@ class MemoryStore(Store):
     def at(self, bucket: str, prefix: str = "") -> MemoryStore:
         return MemoryStore(bucket, prefix, client=self._connection)
 
+    def of_this_process(self) -> MemoryStore:
+        return self
+
     def get(self, key: str) -> bytes:
         self._check("get")
         return self._read(key)

@@ -21,7 +21,7 @@ ADAPTERS = tuple(
         "agreement", "checkpointer", "commit", "image", "optimizers", "random_state", "resume", "save", "tensors",
         "zero",
     )
-)  # fmt: skip
+) + ("orchestrator.dataset.torch",)  # fmt: skip
 ROOT = Path(orchestrator.__file__).parent.parent
 MODULES = sorted(
     module.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.dataset.format import DatasetManifest, Shard, Split
+from orchestrator.dataset.ahead import ReadAhead
+from orchestrator.dataset.format import PIECE_BYTES, DatasetManifest, Shard, Split
+from orchestrator.dataset.order import SampleOrder
 from orchestrator.dataset.reader import TokenReader, require_samples
 from orchestrator.dataset.rows import conversation_entries, labelled_row, packed_row
 from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError, SpecError
@@ -20,16 +24,20 @@ from tests.unit.fakes import MemoryStore
 PREFIX = layout.dataset("text", "0123456789abcdef")
 
 
-def make(store: MemoryStore, sizes: list[int], dtype: str = "uint16") -> tuple[DatasetManifest, np.ndarray]:
+def make(
+    store: MemoryStore, sizes: list[int], dtype: str = "uint16", *, piece_bytes: int = PIECE_BYTES
+) -> tuple[DatasetManifest, np.ndarray]:
     """A dataset of shards of these sizes, and all its tokens."""
     tokens = np.random.default_rng(1).integers(0, 60_000, sum(sizes)).astype(f"<{dtype[0]}{int(dtype[4:]) // 8}")
     shards = []
     for number, part in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
-        shard, data = Shard.of(f"train-{number:05d}.bin", part)
+        shard, data = Shard.of(f"train-{number:05d}.bin", part, piece_bytes=piece_bytes)
         store.create(PREFIX + shard.file, data)
         shards.append(shard)
     split = Split(shards=tuple(shards), num_tokens=len(tokens), num_bytes=1, num_files=1)
-    return DatasetManifest.model_validate(manifest(dtype=dtype, train=split, eval=split)), tokens
+    return DatasetManifest.model_validate(
+        manifest(dtype=dtype, train=split, eval=split, piece_bytes=piece_bytes)
+    ), tokens
 
 
 def open_reader(store: MemoryStore, dataset: DatasetManifest, cache: Path, *, length: int = 8) -> TokenReader:
@@ -41,12 +49,13 @@ def open_reader(store: MemoryStore, dataset: DatasetManifest, cache: Path, *, le
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     length=st.integers(1, 30),
     dtype=st.sampled_from(["uint16", "uint32"]),
+    piece_bytes=st.sampled_from([4, 12, 64, PIECE_BYTES]),
 )
 def test_samples_are_slices_of_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], length: int, dtype: str
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], length: int, dtype: str, piece_bytes: int
 ) -> None:
     store = MemoryStore(prefix="headway")
-    dataset, tokens = make(store, sizes, dtype)
+    dataset, tokens = make(store, sizes, dtype, piece_bytes=piece_bytes)
     reader = open_reader(store, dataset, tmp_path_factory.mktemp("cache"), length=length)
     assert reader.num_samples == max(0, (sum(sizes) - 1) // length)
     indices = np.arange(reader.num_samples, dtype=np.int64)[::-1]
@@ -55,6 +64,7 @@ def test_samples_are_slices_of_the_whole(
     assert found.dtype == np.int64
     assert found.shape == (reader.num_samples, length + 1)
     assert found.tolist() == [sample.tolist() for sample in expected]
+    reader.close()
 
 
 def test_a_flipped_byte_is_refused(memory_store: MemoryStore, tmp_path: Path) -> None:
@@ -62,15 +72,17 @@ def test_a_flipped_byte_is_refused(memory_store: MemoryStore, tmp_path: Path) ->
     data = bytearray(memory_store.get(f"{PREFIX}train-00001.bin"))
     data[7] ^= 1
     memory_store.tamper(f"{PREFIX}train-00001.bin", bytes(data))
-    with pytest.raises(IntegrityError, match="train-00001"):
-        open_reader(memory_store, dataset, tmp_path)
+    reader = open_reader(memory_store, dataset, tmp_path)
+    assert len(reader.samples(np.array([0]))) == 1  # of the other shard
+    with pytest.raises(IntegrityError, match=r"train-00001\.bin.*does not match its digest"):
+        reader.samples(np.array([3]))
 
 
 def test_a_shrunk_shard_is_refused(memory_store: MemoryStore, tmp_path: Path) -> None:
     dataset, _ = make(memory_store, [20, 20])
     memory_store.tamper(f"{PREFIX}train-00000.bin", memory_store.get(f"{PREFIX}train-00000.bin")[:-2])
-    with pytest.raises(IntegrityError, match="train-00000"):
-        open_reader(memory_store, dataset, tmp_path)
+    with pytest.raises(IntegrityError, match=r"train-00000\.bin.*ends after 38 of them"):
+        open_reader(memory_store, dataset, tmp_path).samples(np.array([0]))
 
 
 @pytest.mark.parametrize("file", ["../train-00000.bin", "/etc/passwd", "a/b.bin", "..", ""])
@@ -85,7 +97,7 @@ def test_a_path_for_a_shards_name_is_refused(memory_store: MemoryStore, tmp_path
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + b"\x00", lambda data: data[:-4]])
 def test_a_damaged_copy_on_the_node_is_fetched_anew(memory_store: MemoryStore, tmp_path: Path, damage: object) -> None:
     dataset, tokens = make(memory_store, [20])
-    open_reader(memory_store, dataset, tmp_path)
+    open_reader(memory_store, dataset, tmp_path).samples(np.array([1]))
     (copy,) = tmp_path.rglob("*.bin")
     copy.write_bytes(damage(copy.read_bytes()))  # type: ignore[operator]
     reader = open_reader(memory_store, dataset, tmp_path)
@@ -94,15 +106,17 @@ def test_a_damaged_copy_on_the_node_is_fetched_anew(memory_store: MemoryStore, t
 
 def test_what_is_on_the_node_is_not_fetched_again(memory_store: MemoryStore, tmp_path: Path) -> None:
     dataset, _ = make(memory_store, [20])
-    open_reader(memory_store, dataset, tmp_path)
-    memory_store.fail["download"] = AssertionError("fetched again")  # type: ignore[assignment]
-    open_reader(memory_store, dataset, tmp_path)
+    open_reader(memory_store, dataset, tmp_path).samples(np.array([1]))
+    memory_store.fail["get_range"] = AssertionError("fetched again")  # type: ignore[assignment]
+    again = open_reader(memory_store, dataset, tmp_path)
+    again.samples(np.array([1]))
+    assert again.counts() == {"cached_pieces": 1, "retries": 0, "evicted_pieces": 0}
 
 
 def test_a_disk_that_cannot_be_written_is_named(memory_store: MemoryStore, tmp_path: Path) -> None:
     dataset, _ = make(memory_store, [20])
-    (tmp_path / "datasets").write_text("a file where the folder should be")
-    with pytest.raises(EnvironmentUnusable, match=r"train-00000\.bin \(40 bytes\)") as caught:
+    (tmp_path / "pieces").write_text("a file where the folder should be")
+    with pytest.raises(EnvironmentUnusable, match="cannot be kept") as caught:
         open_reader(memory_store, dataset, tmp_path)
     assert "HEADWAY_CACHE" in caught.value.next_step
 
@@ -174,3 +188,62 @@ def test_rows_of_another_length_than_the_runs_are_refused(memory_store: MemorySt
     with pytest.raises(SpecError, match=r"sequence_length: 16 is not that of .*made for 8") as caught:
         open_reader(memory_store, dataset, tmp_path, length=16)
     assert "sequence_length 8" in caught.value.next_step
+
+
+# -- more than is held, other processes
+
+
+def test_more_pieces_than_stay_mapped(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, tokens = make(memory_store, [400, 399], piece_bytes=16)
+    reader = TokenReader(memory_store, dataset, dataset.train, sequence_length=30, cache=tmp_path, mapped_bytes=3 * 16)
+    for _ in range(2):
+        for index in (0, 25, 3, 12):
+            assert reader.samples(np.array([index])).tolist() == [tokens[index * 30 : index * 30 + 31].tolist()]
+    assert reader.counts()["cached_pieces"] > 0  # let go of and taken up again
+    reader.close()
+
+
+def test_a_forked_child_reads_with_threads_of_its_own(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, tokens = make(memory_store, [400], piece_bytes=16)
+    reader = open_reader(memory_store, dataset, tmp_path)
+    reader.samples(np.array([0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that threads are running: what this is about
+        child = multiprocessing.get_context("fork").Process(target=_read_in_child, args=(reader, tokens))
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert reader.samples(np.array([30])).tolist() == [tokens[240:249].tolist()]
+    reader.close()
+
+
+def _read_in_child(reader: TokenReader, tokens: np.ndarray) -> None:
+    assert reader.counts() == {}
+    assert reader.samples(np.array([40, 0])).tolist() == [tokens[320:329].tolist(), tokens[:9].tolist()]
+    reader.close()
+
+
+# -- read ahead
+
+
+def test_what_is_ahead_is_bounded_and_comes_before_it_is_asked_for(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [8001], piece_bytes=16)  # a piece to a sample
+    reader = open_reader(memory_store, dataset, tmp_path)
+    order = SampleOrder(fingerprint="f", seed=0, num_samples=reader.num_samples, global_batch_size=4, sequence_length=8)
+    ahead = ReadAhead(reader, order, range(4), num_steps=200, ahead_bytes=40 * 16)
+    for step in range(200):
+        assert ahead.take(step).tolist() == order.batch(step).tolist()
+        asked = len(reader._held)
+        assert min(200, step + 8) * 4 <= asked <= (step + 14) * 8
+    assert ahead.take(7).tolist() == order.batch(7).tolist()  # not the next: it starts there anew
+    reader.close()
+
+
+def test_steps_dealt_out_to_several(memory_store: MemoryStore, tmp_path: Path) -> None:
+    dataset, _ = make(memory_store, [801])
+    reader = open_reader(memory_store, dataset, tmp_path)
+    order = SampleOrder(fingerprint="f", seed=0, num_samples=reader.num_samples, global_batch_size=4, sequence_length=8)
+    ahead = ReadAhead(reader, order, range(1, 3), num_steps=50, every=3)
+    for step in range(2, 50, 3):
+        assert ahead.take(step).tolist() == order.batch(step)[1:3].tolist()
+    reader.close()

@@ -35,10 +35,9 @@ def task() -> SlowTask:
 
 @pytest.fixture
 def feed(task: Any) -> Iterator[BatchFeed]:
-    reader: Any = SimpleNamespace(rows=lambda _: {})
-    order: Any = SimpleNamespace(batch=lambda _, size: np.arange(size))
+    reader: Any = SimpleNamespace(rows=lambda _, allocate: {}, close=lambda: None)
     split = split_batch(4, 1, 4)
-    feed = BatchFeed(task, reader, order, split, rank=0, seed=0, device=torch.device("cpu"))
+    feed = BatchFeed(task, reader, lambda _: np.arange(4), split, rank=0, seed=0, device=torch.device("cpu"))
     yield feed
     feed.close()
 
