@@ -15,13 +15,16 @@ import orchestrator
 
 HEAVY = ("ray", "torch", "deepspeed", "transformers")
 # They read and write torch's own tensors; the command line imports none of them.
-ADAPTERS = tuple(
-    f"orchestrator.checkpoint.{name}"
-    for name in (
-        "agreement", "checkpointer", "commit", "image", "optimizers", "random_state", "resume", "save", "tensors",
-        "zero",
-    )
-) + ("orchestrator.dataset.torch",)  # fmt: skip
+ADAPTERS = (
+    "orchestrator.dataset.torch",
+    *(
+        f"orchestrator.checkpoint.{name}"
+        for name in (
+            "agreement", "checkpointer", "commit", "image", "optimizers", "random_state", "resume", "save", "tensors",
+            "zero",
+        )
+    ),
+)  # fmt: skip
 ROOT = Path(orchestrator.__file__).parent.parent
 MODULES = sorted(
     module.name
