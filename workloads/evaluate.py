@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections import Counter
@@ -216,7 +217,7 @@ def summed(
     require_samples(reader, at_least=1, what="held-out")
     num_samples = min(reader.num_samples, spec.gate.max_eval_samples or reader.num_samples)
     rows = max(1, min(spec.train.micro_batch_size, num_samples // _LEAST_BLOCKS))
-    with torch.inference_mode():
+    with contextlib.closing(reader), torch.inference_mode():
         for start in range(share * rows, num_samples, rows * num_shares):
             indices = np.arange(start, min(start + rows, num_samples), dtype=np.int64)
             samples = Samples(

@@ -90,18 +90,19 @@ class TokenReader:
     def prefetch(self, indices: I64, *, at_most: int) -> list[int]:
         """Begin to get what the batches ``indices``, shape (S, B), need and is not being got already.
 
-        It stops before the first batch that would take it over ``at_most`` bytes, but not before the first of all.
-        Returns how many bytes each of the batches before that needs, beyond what those before it do.
+        It stops at the end of a batch, once that is ``at_most`` bytes or more. Returns how many bytes it is of each
+        batch up to there, beyond those of the batches before it.
         """
         starts = indices * self._stride
         pieces = np.concatenate([self._pieces.find(starts)[0], self._pieces.find(starts + self.sequence_length)[0]], 1)
         wanted, first = np.unique(pieces, return_index=True)
         in_order = np.argsort(first)
         num_bytes = [0] * len(indices)
-        total = 0
+        total = current = 0
         for piece, batch in zip(wanted[in_order].tolist(), (first[in_order] // pieces.shape[1]).tolist(), strict=True):
-            if batch and total >= at_most:
+            if batch > current and total >= at_most:
                 return num_bytes[:batch]
+            current = batch
             num_bytes[batch] += (more := self._request(piece))
             total += more
         return num_bytes
