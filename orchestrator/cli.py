@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import __version__, cli_pod, cli_record, cli_release
+from orchestrator import __version__, cli_data, cli_pod, cli_record, cli_release
 from orchestrator.cli_options import Directory, Json, RunFile, RunId, StoreUri, TargetName
 from orchestrator.errors import EnvironmentUnusable, HeadwayError, Interrupted, UsageError
 from orchestrator.pinning import pin
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_data.app)
 app.add_typer(cli_pod.app, name="pod", hidden=True)
 app.add_typer(cli_record.app)
 app.add_typer(cli_release.app)
@@ -321,11 +322,14 @@ def dashboard(
 
 @app.command()
 def verify(
-    name: Annotated[str, typer.Argument(help="RUN, RUN@STEP, MODEL@VERSION, or its S3 address.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(help="RUN, RUN@STEP, MODEL@VERSION, NAME@FINGERPRINT, or its S3 address.", show_default=False),
+    ],
     store: StoreUri = None,
     json: Json = False,
 ) -> None:
-    """Read every byte of checkpoints or of a version and check it against its digests."""
+    """Read every byte of checkpoints, of a version or of a dataset and check it against its digests."""
     from orchestrator.commands.verify import verify_all as command
 
     reporter = Reporter(json_mode=json)

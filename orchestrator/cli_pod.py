@@ -29,7 +29,7 @@ def fetch_code(
 
 @app.command("ship-logs")
 def ship_logs(
-    run: Annotated[str, typer.Option(help="The run's id.", show_default=False)],
+    run: Annotated[str, typer.Option(help="The run's id, or a dataset's NAME@FINGERPRINT.", show_default=False)],
     root: Annotated[Path, typer.Option(help="Ray's temporary folder.")] = Path("/tmp/ray"),
     pod: Annotated[str | None, typer.Option(envvar="POD_NAME", help="The pod's name.")] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for the last pass after SIGTERM.")] = 20.0,

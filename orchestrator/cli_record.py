@@ -44,7 +44,9 @@ def list_things(
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A run, MODEL, or MODEL@VERSION.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="A run, MODEL, MODEL@VERSION, or a dataset's NAME@FINGERPRINT.", show_default=False)
+    ],
     other: Annotated[
         str | None, typer.Argument(help="Another run or version, to see both side by side.", show_default=False)
     ] = None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.checkpoint.catalog import find
 from orchestrator.dataset.format import DatasetManifest, find_dataset
+from orchestrator.dataset.given import GivenTokenizer, read_given
 from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
 from orchestrator.errors import NotFound, SpecError
 from orchestrator.package import code_digest
@@ -32,10 +33,12 @@ class RunIdentity:
     """The dataset, where the run file names one prepared before."""
     base: BaseSource | None = None
     """The pretrained model that the run file names, not copied yet."""
+    tokenizer: GivenTokenizer | None = None
+    """What ``data.tokenizer`` names."""
 
 
 def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: int | None = None) -> RunIdentity:
-    """Find out which run this is; what lies in S3 is listed, not read.
+    """Find out which run this is; what lies in S3 is listed, not read, but for a tokenizer that is given.
 
     Args:
         edition: None is the newest that the store knows.
@@ -47,10 +50,11 @@ def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: i
     if spec.model.init_from is not None:
         _require_source(store, *spec.model.init_from_checkpoint())
     base = _list_base(spec, store)
+    tokenizer = read_given(spec.data, store)
     code = code_digest(working_directory) if spec.user_code else ""
     if spec.data.train is not None:
-        files = tuple(list_source(spec.data.train, store))
-        fingerprint = source_fingerprint(spec.data, list(files), base.tokenizer_fingerprint if base is not None else "")
+        files = tuple(list_source(spec.data.train, store, tree=spec.data.format == "source"))
+        fingerprint = source_fingerprint(spec.data, list(files), _tokenizer_fingerprint(base, tokenizer))
         dataset = None
     else:
         files, dataset = (), find_dataset(store, spec.data.dataset or "")
@@ -67,6 +71,7 @@ def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: i
         files=files,
         dataset=dataset,
         base=base,
+        tokenizer=tokenizer,
     )
     return in_edition(first, spec, newest_edition(store, first.run_id) if edition is None else edition)
 
@@ -81,6 +86,12 @@ def in_edition(first: RunIdentity, spec: RunSpec, edition: int) -> RunIdentity:
         "base_fingerprint": first.base.fingerprint if first.base is not None else "",
     }
     return replace(first, run_id=run_id(spec, **made_of, edition=edition), edition=edition, first=first)
+
+
+def _tokenizer_fingerprint(base: BaseSource | None, given: GivenTokenizer | None) -> str:
+    if given is not None:
+        return given.fingerprint
+    return base.tokenizer_fingerprint if base is not None else ""
 
 
 def _list_base(spec: RunSpec, store: Store) -> BaseSource | None:

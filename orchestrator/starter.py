@@ -26,11 +26,15 @@ model:                          # give exactly one of architecture and pretraine
 data:                           # give exactly one of train and dataset
   train: "data/**/*.txt"        # a glob of local files, or s3://bucket/prefix/**/*.txt
   # dataset: NAME               # or a dataset prepared before: NAME, or NAME@FINGERPRINT
-  format: text                  # text, jsonl, parquet, or messages for conversations
+  format: text                  # text, source for a tree of code, jsonl, parquet, or messages for conversations
   text_field: text              # jsonl and parquet: the field or column that holds the text
   # label_field: label          # the one that holds the text's class, for sequence-classification
   # long_samples: truncate      # what becomes of a conversation or a labelled text that is too long; or skip
+  clean: true                   # texts lose control characters and carriage returns; empty ones are left out
+  max_bad_records: 0.01         # share of the records, and of the files, that may be bad
   vocab_size: 4096              # of the tokenizer that is trained on the source, at least 258
+  # tokenizer: tokenizer.json   # or take this one, a path or s3://bucket/key
+  # end_of_text: "</s>"         # its token behind each document; one of the usual names unless it is named here
   eval_fraction: 0.05           # share of the source's files held out for evaluation
   sequence_length: 256          # tokens that the model sees in one sample
 

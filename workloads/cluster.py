@@ -8,14 +8,16 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import AttemptFailed, HeadwayError, TargetError
 from orchestrator.render.ray_job import POOL_VARIABLE
 from workloads.metrics import Listener, restart_counter
 from workloads.stalled import asking, told_when_stalled
-from workloads.train import TrainJob, worker
 from workloads.watchdog import LastStep, guarded
+
+if TYPE_CHECKING:
+    from workloads.train import TrainJob
 
 
 def connect(say: Callable[[str], None]) -> str:
@@ -68,6 +70,8 @@ def fit(
     """
     import ray.train
     import ray.train.torch
+
+    from workloads.train import worker  # here: preparing data needs no torch, which takes seconds to import
 
     resources = job.spec.resources
     workers = resources.workers

@@ -57,6 +57,7 @@ from workloads.in_run_evaluation import last_step
 from workloads.judge import Judge
 from workloads.notices import Notices, is_the_last
 from workloads.prepare import prepare
+from workloads.prepare.vocabulary import require_vocabulary_of
 from workloads.pretrained_model import check as check_pretrained
 from workloads.release import release_version
 from workloads.signals import stop_on_signal
@@ -157,8 +158,9 @@ class Pipeline:
                 self.base = self._fetch_base(self.identity.base)
         with self._stage("prepare"):
             dataset = self._prepare()
+            task = self._task(dataset)  # which refuses a tokenizer that is not the model's
             if self.base is not None:
-                check_pretrained(self._task(dataset))
+                check_pretrained(task)
         length = self.spec.data.sequence_length
         num_samples = dataset.num_samples(dataset.train, length)
         steps = num_steps(self.spec.train, num_samples, sequence_length=length) or 0
@@ -189,6 +191,8 @@ class Pipeline:
 
     def _prepare(self) -> DatasetManifest:
         if self.identity.dataset is not None:
+            if self.base is not None:
+                require_vocabulary_of(self.base, self.identity.dataset, self.store)
             return self.identity.dataset
         dataset = prepare(
             self.spec.data,
@@ -197,6 +201,8 @@ class Pipeline:
             self.store,
             base=self.base,
             tokenizer_fingerprint=self.identity.base.tokenizer_fingerprint if self.identity.base is not None else "",
+            tokenizer=self.identity.tokenizer,
+            say=self.say,
         )
         self.events.append("dataset", fingerprint=dataset.fingerprint, counts=dataset.counts)
         return dataset

@@ -62,7 +62,7 @@ def _steps(store: Store, spec: RunSpec, identity: RunIdentity, earlier: Earlier)
     before = _dataset(store, spec.name, str(earlier.recorded.get("dataset_fingerprint", "")))
     if before is None or not before.source.get("num_bytes"):
         return None, "how much data there is shows once it is prepared"
-    growth = sum(file.size_bytes for file in identity.files) / before.source["num_bytes"]
+    growth = sum(file.size_bytes for file in identity.files if not file.left_out) / before.source["num_bytes"]
     samples = round(before.num_samples(before.train, length) * growth)
     return num_steps(spec.train, samples, sequence_length=length), f", for {growth:.3g} times the last run's data,"
 

@@ -11,22 +11,22 @@ from orchestrator.checkpoint.catalog import Folder, manifests
 from orchestrator.checkpoint.format import Manifest
 from orchestrator.checkpoint.reader import CheckpointReader
 from orchestrator.commands.context import find_store
+from orchestrator.commands.list_datasets import dataset_words, list_datasets
 from orchestrator.commands.list_runs import list_runs, run_words
 from orchestrator.commands.show import resolve_checkpoints
 from orchestrator.commands.text import Rows, table
-from orchestrator.dataset.format import read_manifest as read_dataset
 from orchestrator.errors import IntegrityError, NotFound, UsageError
 from orchestrator.release import channels
 from orchestrator.release.versions import list_versions
 from orchestrator.reporter import Result
-from orchestrator.store import Store, layout
+from orchestrator.store import Store
 
 
 def list_things(what: str, run_id: str | None, *, store_uri: str | None) -> Result:
     known: dict[str, Callable[[Store], Rows]] = {
         "runs": list_runs,
         "models": _models,
-        "datasets": _datasets,
+        "datasets": list_datasets,
         "checkpoints": lambda store: _checkpoints(store, resolve_checkpoints(store, run_id or "")),
     }
     if what not in known:
@@ -34,7 +34,8 @@ def list_things(what: str, run_id: str | None, *, store_uri: str | None) -> Resu
     if what == "checkpoints" and not run_id:
         raise UsageError("headway list checkpoints needs a run.", next_step="See: headway list runs")
     rows = known[what](find_store(store_uri))
-    shown = [run_words(row) for row in rows] if what == "runs" else rows
+    told = {"runs": run_words, "datasets": dataset_words}.get(what)
+    shown = [told(row) for row in rows] if told is not None else rows
     return {what: rows}, table(shown) if rows else f"There are no {what} yet."
 
 
@@ -52,26 +53,6 @@ def _models(store: Store) -> Rows:
                         for name in store.list_folders(f"models/{model}/channels/")
                         if (entry := channels.newest(store, model, name)) and entry.version == version.number
                     ),
-                }
-            )
-    return rows
-
-
-def _datasets(store: Store) -> Rows:
-    rows = []
-    for name in store.list_folders("datasets/"):
-        for fingerprint in store.list_folders(layout.datasets(name)):
-            try:
-                manifest = read_dataset(store, name, fingerprint)
-            except NotFound:
-                continue
-            rows.append(
-                {
-                    "dataset": f"{name}@{fingerprint}",
-                    "train_tokens": manifest.train.num_tokens,
-                    "eval_tokens": manifest.eval.num_tokens,
-                    "vocabulary": manifest.tokenizer.vocab_size,
-                    "source": manifest.source.get("pattern"),
                 }
             )
     return rows

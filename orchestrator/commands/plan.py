@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING
 from orchestrator.commands.base_config import Unknown, read_base_config
 from orchestrator.commands.context import find_stack, find_store, find_target, is_kubernetes, kubernetes_settings
 from orchestrator.commands.request import build_request
+from orchestrator.dataset.format import find_dataset
+from orchestrator.dataset.given import read_given
 from orchestrator.errors import HeadwayError
 from orchestrator.plan import Capacity
 from orchestrator.plan import plan as make_plan
 from orchestrator.reporter import Result
 from orchestrator.sizing import AUTO_CLASSES, Sizing, count_parameters
-from orchestrator.spec import ResourcesSpec, RunSpec, load
+from orchestrator.spec import DataSpec, ResourcesSpec, RunSpec, load
 from orchestrator.store import Store
 from orchestrator.store.s3 import STORE_VARIABLE
 from orchestrator.targets.ray_head import default_num_cpus
@@ -73,13 +76,18 @@ def size_of(spec: RunSpec, store: Store | None) -> Sizing:
         store: None where none is set; a pretrained model that lies in S3 is unknown then.
 
     Raises:
-        SpecError: transformers refuses the model, or peft the adapters. TimedOut: counting took too long.
+        SpecError: transformers refuses the model, or peft the adapters; or there is no such tokenizer. TimedOut:
+            counting took too long.
     """
     auto_class, model = AUTO_CLASSES.get(spec.task), spec.model
     if auto_class is None:
         return Sizing(size=None, reason=f"task {spec.task} is your own code, which plan does not run")
     if model.architecture is not None:
-        return count_parameters(model.architecture, vocab_size=spec.data.vocab_size, auto_class=auto_class)
+        try:
+            vocab_size = _vocab_size(spec.data, store)
+        except Unknown as e:
+            return Sizing(size=None, reason=str(e))
+        return count_parameters(model.architecture, vocab_size=vocab_size, auto_class=auto_class)
     try:
         config = read_base_config(model, store)
     except Unknown as e:
@@ -89,6 +97,21 @@ def size_of(spec: RunSpec, store: Store | None) -> Sizing:
     return count_parameters(
         config, vocab_size=spec.data.vocab_size, auto_class=auto_class, is_pretrained=True, lora=model.lora
     )
+
+
+def _vocab_size(data: DataSpec, store: Store | None) -> int:
+    """The tokenizer's, where there is one already; else what the one that will be trained has at most.
+
+    Raises:
+        Unknown: it lies in S3 and no store is set. SpecError: there is no such tokenizer.
+    """
+    if data.dataset is not None and store is not None:
+        with contextlib.suppress(HeadwayError):  # told where the run is identified
+            return find_dataset(store, data.dataset).tokenizer.vocab_size
+    if data.tokenizer is not None and data.tokenizer.startswith("s3://") and store is None:
+        raise Unknown(f"data.tokenizer {data.tokenizer} cannot be read: no store is set")
+    given = read_given(data, store)
+    return given.vocab_size if given is not None else data.vocab_size
 
 
 def _store_if_set(store_uri: str | None) -> tuple[Store | None, str]:

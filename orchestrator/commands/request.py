@@ -43,13 +43,7 @@ def build_request(
     Raises:
         SpecError: the run file lies outside the working directory. Besides, all that identifying the run raises.
     """
-    try:
-        relative = run_file.resolve().relative_to(directory.resolve())
-    except ValueError as e:
-        raise SpecError(
-            f"The run file {run_file} lies outside the working directory {directory}, which is what is sent.",
-            next_step="Change to a directory that holds it.",
-        ) from e
+    relative = relative_to(directory, run_file)
     identity = identity or identify(spec, store, directory)
     packed = package(directory)
     attempt = newest_attempt(store, identity.run_id) + 1
@@ -58,7 +52,7 @@ def build_request(
             run_id=identity.run_id,
             attempt=attempt,
             repeat=free_repeat(target, identity.run_id, attempt),
-            run_file=relative.as_posix(),
+            run_file=relative,
             edition=identity.edition,
             version=__version__,
             package_digest=packed.digest,
@@ -69,6 +63,21 @@ def build_request(
         )
     )
     return Prepared(identity=identity, attempt=attempt, request=request, package=packed)
+
+
+def relative_to(directory: Path, run_file: Path) -> str:
+    """The run file's path in the working directory.
+
+    Raises:
+        SpecError: it lies outside of it.
+    """
+    try:
+        return run_file.resolve().relative_to(directory.resolve()).as_posix()
+    except ValueError as e:
+        raise SpecError(
+            f"The run file {run_file} lies outside the working directory {directory}, which is what is sent.",
+            next_step="Change to a directory that holds it.",
+        ) from e
 
 
 def free_repeat(target: Target[Any], run_id: str, attempt: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.checkpoint.catalog import committed, committed_steps
 from orchestrator.commands.compare import compare
 from orchestrator.commands.context import find_store, find_target
+from orchestrator.commands.show_dataset import dataset_facts, dataset_lines, named_dataset
 from orchestrator.commands.show_model import has_versions, model_facts, model_lines, version_facts, version_number
 from orchestrator.commands.submit import in_flight
 from orchestrator.commands.text import lines
@@ -27,12 +28,30 @@ def show(name: str, other: str | None = None, *, store_uri: str | None) -> Resul
         return compare(store, name, other, find_run=resolve_run)
     model, at, _ = name.partition("@")
     if at:
-        facts = version_facts(store, model, version_number(name))
-        return facts, lines(facts)
+        return _show_dataset(store, name) or _show_version(store, name)
     if has_versions(store, model):
         facts = model_facts(store, model)
         return facts, lines(model_lines(facts))
-    return status(name, target="", store_uri=store_uri)
+    try:
+        return status(name, target="", store_uri=store_uri)
+    except UsageError:
+        found = _show_dataset(store, name)
+        if found is None:
+            raise
+        return found
+
+
+def _show_dataset(store: Store, name: str) -> Result | None:
+    dataset = named_dataset(store, name)
+    if dataset is None:
+        return None
+    facts = dataset_facts(dataset)
+    return facts, lines(dataset_lines(facts))
+
+
+def _show_version(store: Store, name: str) -> Result:
+    facts = version_facts(store, name.partition("@")[0], version_number(name))
+    return facts, lines(facts)
 
 
 def status(run_id: str, *, target: str, store_uri: str | None) -> Result:

@@ -183,9 +183,15 @@ def check_sendable(spec: RunSpec, target: str, reporter: Reporter) -> None:
         reporter.say(f"not sent: the secrets {', '.join(spec.secrets)}, which only Kubernetes has")
     if target == "local":
         return
+    tokenizer = spec.data.tokenizer  # one in the working directory is sent with it
+    in_directory = tokenizer is not None and not Path(tokenizer).expanduser().is_absolute()
     advice = {
         "data.train": (spec.data.train, "Put the data into S3 and name it as s3://bucket/prefix/**."),
         "model.pretrained": (spec.model.pretrained, "Put the model into S3 and name it as s3://bucket/prefix."),
+        "data.tokenizer": (
+            None if in_directory else tokenizer,
+            "Put it into the working directory, or into S3 and name it as s3://bucket/key.",
+        ),
     }
     for field, (place, next_step) in advice.items():
         if place is not None and not place.startswith(("s3://", "hf://")):

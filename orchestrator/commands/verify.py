@@ -14,7 +14,8 @@ from orchestrator.checkpoint.catalog import Folder, committed
 from orchestrator.checkpoint.reader import READ_BYTES
 from orchestrator.checkpoint.retention import pinned
 from orchestrator.checkpoint.verify import verify
-from orchestrator.commands.locate import find_checkpoints, locate
+from orchestrator.commands.locate import find_checkpoints, find_named_dataset, locate
+from orchestrator.commands.verify_dataset import verify_dataset
 from orchestrator.errors import IntegrityError, NotFound
 from orchestrator.release.versions import Version, VersionFile, read_version
 from orchestrator.reporter import Reporter, Result
@@ -25,12 +26,15 @@ _OF_A_VERSION = "Export the run again, or roll back to another version."
 
 
 def verify_all(name: str, *, store_uri: str | None, reporter: Reporter) -> Result:
-    """Read every byte of checkpoints, or of a version, and check it.
+    """Read every byte of checkpoints, of a version or of a dataset, and check it.
 
     Raises:
         IntegrityError: after everything was read, if anything is damaged. UsageError: there is no such thing.
     """
     store, name = locate(name, store_uri)
+    dataset = find_named_dataset(store, name)
+    if dataset is not None:
+        return verify_dataset(store, dataset, reporter)
     faults: dict[str, str] = {}
     read: dict[str, int] = {}
     for what, check in _checks(store, name):

@@ -251,6 +251,8 @@ class _Bar:
         told += [f"{sums['divided']:,} learned turn by turn"] if sums["divided"] else []
         skipped = {what.removeprefix("skipped_"): n for what, n in sums.most_common() if what.startswith("skipped_")}
         told += ["skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())] if skipped else []
+        num_foreign = sum(count for what, count in counts.items() if what.startswith("left_out_"))
+        told += [f"{num_foreign:,} files that do not belong to a source tree"] if num_foreign else []
         if told:
             self._print("; ".join(told))
 

@@ -23,7 +23,7 @@ from orchestrator.store.s3 import Store
 FORMAT: Literal["headway/dataset/2"] = "headway/dataset/2"
 PIECE_BYTES = 4 * 2**20
 PREPARE_VERSION = 2  # raise it when the same source would give other tokens
-RECORDS_VERSION = 1  # the same for conversations and labelled texts
+RECORDS_VERSION = 2  # the same for conversations and labelled texts
 
 
 class _Frozen(BaseModel):
@@ -85,6 +85,29 @@ class Tokenizer(_Frozen):
         return self.end_of_text_id if self.pad_token_id is None else self.pad_token_id
 
 
+class PartFile(_Frozen):
+    """A part of the source as it was prepared, ``parts/00012.json``; what it holds says workloads/prepare/parts.py."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    key: str
+    """Digest of all that the part's samples depend on: equal keys mean equal shards."""
+
+
+class Lineage(_Frozen):
+    """Where a dataset comes from."""
+
+    code_version: str
+    """Of Headway, when it was prepared."""
+    settings: str
+    """Digest of all that the tokens depend on but for the files and the tokenizer."""
+    parts: tuple[PartFile, ...]
+    """What each came from, file by file with its ETag."""
+    reused: str | None = None
+    """The fingerprint of the earlier preparation whose samples of unchanged files were taken."""
+
+
 class DatasetManifest(_Frozen):
     format: Literal["headway/dataset/2"] = FORMAT
     name: str
@@ -106,6 +129,7 @@ class DatasetManifest(_Frozen):
     counts: dict[str, int] = {}
     """What became of the source's records, by ``<split>.<what>``, and ``skipped_<reason>`` for those that were not
     even read far enough to belong to a split."""
+    lineage: Lineage | None = None
 
     @model_validator(mode="after")
     def _rows_agree(self) -> DatasetManifest:
@@ -160,18 +184,27 @@ def fingerprint(data: DataSpec, listing: list[tuple[str, str, int]], tokenizer_f
 
     Args:
         listing: (path relative to the source, ETag or content digest, bytes), sorted.
-        tokenizer_fingerprint: of the pretrained tokenizer; empty where one is trained on the source.
+        tokenizer_fingerprint: of the tokenizer that is given, or the pretrained model's; empty where one is trained.
     """
+    facts = {
+        **settings(data),
+        "vocab_size": data.vocab_size if not tokenizer_fingerprint else 0,
+        "files": listing,
+        "tokenizer": tokenizer_fingerprint,
+    }
+    return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
+
+
+def settings(data: DataSpec) -> dict[str, Any]:
+    """What the samples depend on besides the files and the tokenizer."""
     facts: dict[str, Any] = {
         "prepare": PREPARE_VERSION,
         "format": data.format,
         "text_field": data.text_field if data.format in ("jsonl", "parquet") else "",
-        "vocab_size": data.vocab_size if not tokenizer_fingerprint else 0,
         "eval_fraction": data.eval_fraction,
-        "files": listing,
     }
-    if tokenizer_fingerprint:
-        facts["tokenizer"] = tokenizer_fingerprint
+    if data.kind != "packed":
+        facts["clean"] = data.clean
     if data.kind != "stream":
         facts |= {
             "records": RECORDS_VERSION,
@@ -180,7 +213,7 @@ def fingerprint(data: DataSpec, listing: list[tuple[str, str, int]], tokenizer_f
             "sequence_length": data.sequence_length,
             "long_samples": data.long_samples,
         }
-    return hashlib.sha256(canonical_json(facts)).hexdigest()[:16]
+    return facts
 
 
 def is_held_out(what: str, eval_fraction: float) -> bool:

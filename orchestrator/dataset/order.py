@@ -15,9 +15,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-MAX_STREAMS = 16
-WINDOW_BLOCKS = 16
-BLOCK_TOKENS = 8 * 2**20
+MAX_STREAMS = 64
+OPEN_BLOCKS = 64
+BLOCK_TOKENS = 4 * 2**20
 _MIN_STREAM_BLOCKS = 4  # of a small dataset, which else would be few blocks shuffled whole
 _ROUNDS = 4
 _MAX_TABLE = 2**16  # blocks of which the whole shuffle is kept, 512 KiB
@@ -84,6 +84,11 @@ class SampleOrder:
         return max(1, min(most, self.num_samples // (self.num_streams * _MIN_STREAM_BLOCKS)))
 
     @cached_property
+    def window_blocks(self) -> int:
+        """Blocks of a stream that are shuffled together: of all streams, :data:`OPEN_BLOCKS` at a time."""
+        return OPEN_BLOCKS // self.num_streams
+
+    @cached_property
     def stream_blocks(self) -> int:
         """Blocks of each stream; a few of them, at the dataset's end, may not be there."""
         num_blocks = -(-self.num_samples // self.block_samples)
@@ -105,7 +110,7 @@ class SampleOrder:
         of_windows, of_blocks = keys
         streams, block = np.uint64(self.num_streams), np.uint64(self.block_samples)
         stream, nth = positions % streams, positions // streams
-        window_size, stream_size = WINDOW_BLOCKS * self.block_samples, self.stream_blocks * self.block_samples
+        window_size, stream_size = self.window_blocks * self.block_samples, self.stream_blocks * self.block_samples
         window = nth // np.uint64(window_size)
         within = nth - window * np.uint64(window_size)
         own_keys = _scramble(of_windows ^ _scramble(window * streams + stream))
@@ -116,7 +121,7 @@ class SampleOrder:
                 within = _permute(within, own_keys, size)
             elif some.any():
                 within[some] = _permute(within[some], own_keys[:, some], size)
-        slots = (window * np.uint64(WINDOW_BLOCKS) + within // block) * streams + stream
+        slots = (window * np.uint64(self.window_blocks) + within // block) * streams + stream
         num_slots = self.num_streams * self.stream_blocks
         if num_slots <= _MAX_TABLE:
             blocks: U64 = _small(of_blocks.tobytes(), num_slots)[slots]

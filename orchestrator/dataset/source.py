@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.dataset.format import fingerprint
@@ -25,10 +25,28 @@ class SourceFile:
     etag: str
     """Changes when the content does: S3's ETag, or the SHA-256 of a local file."""
     size_bytes: int
+    left_out: str = ""
+    """Why the file is no part of a source tree, a key of :data:`LEFT_OUT`; empty for the others."""
 
 
-def list_source(pattern: str, store: Store) -> list[SourceFile]:
+LEFT_OUT = {
+    "hidden": "hidden files and folders, whose name starts with a dot",
+    "dependency": "folders of dependencies, of version control and of caches",
+    "too_large": "files over 1 MiB",
+    "binary": "files with a NUL in their first 8 KiB, or that are not UTF-8",
+}
+"""What does not belong to a source tree. The last is known once a file is read."""
+DEPENDENCY_FOLDERS = frozenset(
+    ("node_modules", "bower_components", "site-packages", "__pycache__", "venv", "virtualenv", "CVS", "_darcs")
+)
+MAX_SOURCE_BYTES = 2**20
+
+
+def list_source(pattern: str, store: Store, *, tree: bool = False) -> list[SourceFile]:
     """All files that match, in the order of their path.
+
+    Args:
+        tree: ``data.format: source``. Files that do not belong to a source tree are marked as left out, and not read.
 
     Raises:
         EmptySource: nothing matches. StoreError: the bucket cannot be listed.
@@ -48,8 +66,10 @@ def list_source(pattern: str, store: Store) -> list[SourceFile]:
             if item.size_bytes and matches.fullmatch(f"s3://{bucket}/{item.key}")
         ]
     else:
-        found = [_local(path, base) for path in _walk(Path(base)) if matches.fullmatch(str(path))]
-    if not found:
+        found = [_local(path, base, tree=tree) for path in _walk(Path(base)) if matches.fullmatch(str(path))]
+    if tree:
+        found = [replace(file, left_out=left_out_of_tree(file.path, file.size_bytes)) for file in found]
+    if all(file.left_out for file in found):
         raise EmptySource(
             f"data.train: {pattern!r} matches no file that holds anything.",
             next_step="Check the address; ** crosses folders, * does not.",
@@ -70,9 +90,23 @@ class Slice:
         return self.file.size_bytes // self.of
 
 
+def left_out_of_tree(path: str, size_bytes: int) -> str:
+    """Why a file does not belong to a source tree, as far as its name and size tell; empty where it may."""
+    folders = path.split("/")
+    if any(name.startswith(".") for name in folders):
+        return "hidden"
+    if DEPENDENCY_FOLDERS.intersection(folders[:-1]):
+        return "dependency"
+    return "too_large" if size_bytes > MAX_SOURCE_BYTES else ""
+
+
 def source_fingerprint(data: DataSpec, files: list[SourceFile], tokenizer_fingerprint: str = "") -> str:
-    """The fingerprint of the dataset that preparing these files gives, with a pretrained tokenizer where one is."""
-    listing = [(file.path, file.etag, file.size_bytes) for file in files]
+    """The fingerprint of the dataset that preparing these files gives.
+
+    Args:
+        tokenizer_fingerprint: of the tokenizer that is given, or the pretrained model's; empty where one is trained.
+    """
+    listing = [(file.path, file.etag, file.size_bytes) for file in files if not file.left_out]
     return fingerprint(data, listing, tokenizer_fingerprint)
 
 
@@ -94,14 +128,14 @@ def read_lines(part: Slice, store: Store) -> bytes:
         return read_source(file, store)
     start, end = (file.size_bytes * border // part.of for border in (part.number, part.number + 1))
     before = max(0, start - 1)  # where this byte ends a line, the slice starts with a line of its own
-    content = _read_range(file, store, before, end - before)
+    content = read_range(file, store, before, end - before)
     if start:
         first = content.find(b"\n") + 1
         if not first:
             return b""
         content = content[first:]
     while end < file.size_bytes and content and not content.endswith(b"\n"):
-        more = _read_range(file, store, end, _LINE_BYTES)
+        more = read_range(file, store, end, _LINE_BYTES)
         if not more:
             break
         end += len(more)
@@ -110,7 +144,8 @@ def read_lines(part: Slice, store: Store) -> bytes:
     return content
 
 
-def _read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> bytes:
+def read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> bytes:
+    """``num_bytes`` bytes of a source file from ``start``; fewer come back only at its end."""
     if file.uri.startswith("s3://"):
         bucket, key = split_uri(file.uri)
         return store.at(bucket).get_range(key, start, num_bytes)
@@ -159,11 +194,14 @@ def _walk(base: Path) -> list[Path]:
     return [path for path in found if path.is_file() and path.stat().st_size]
 
 
-def _local(path: Path, base: str) -> SourceFile:
+def _local(path: Path, base: str, *, tree: bool) -> SourceFile:
+    relative = str(path.relative_to(base)) if str(path) != base.rstrip("/") else path.name
+    size_bytes = path.stat().st_size
+    if tree and left_out_of_tree(relative, size_bytes):
+        return SourceFile(uri=str(path), path=relative, etag="", size_bytes=size_bytes)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
         raise EnvironmentUnusable(f"data.train: {path} cannot be read: {e.strerror or e}.") from e
-    relative = str(path.relative_to(base)) if str(path) != base.rstrip("/") else path.name
-    return SourceFile(uri=str(path), path=relative, etag=digest, size_bytes=path.stat().st_size)
+    return SourceFile(uri=str(path), path=relative, etag=digest, size_bytes=size_bytes)

@@ -108,6 +108,7 @@ class TokenDataset(IterableDataset[dict[str, torch.Tensor]]):  # type: ignore[mi
         step = self._step + (first - self._step) % every if worker is not None else self._step
         try:
             while self.num_steps is None or step < self.num_steps:
+                # Put together here and not on a thread: that takes less time than handing it over would.
                 rows = reader.rows(ahead.take(step), allocate=self._allocate)
                 step += every
                 self._step = step

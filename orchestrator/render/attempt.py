@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from orchestrator.spec import ResourcesSpec
+from orchestrator.render.requested_job import RequestedJob
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttemptRequest:
+class AttemptRequest(RequestedJob):
     """What is to be started."""
 
     run_id: str
     attempt: int
     """The number that the job claims, unless another comes first."""
-    repeat: int = 0
-    """Tells a submission apart from earlier ones of the same attempt number."""
-    run_file: str
-    """Relative to the working directory."""
     edition: int = 0
     """Of the run that the file describes: 0 but where the same is done anew."""
-    version: str
-    """Headway's own."""
-    package_digest: str | None
-    """Of the packaged working directory; None runs in the cluster's own."""
-    store_uri: str
-    resources: ResourcesSpec = field(default_factory=ResourcesSpec)
-    env: dict[str, str] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
-        """What the job executes."""
         return ["headway", "run", self.run_file, "--edition", str(self.edition)]
 
     @property
     def submission_id(self) -> str:
         return submission_id(self.run_id, self.attempt, repeat=self.repeat)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {
+            "headway_run": self.run_id,
+            "headway_attempt": str(self.attempt),
+            "headway_version": self.version,
+        }
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"run": self.run_id, "attempt": str(self.attempt)}
+
+    @property
+    def logs_of(self) -> str:
+        return self.run_id
+
+    def num_starts(self, max_attempts: int) -> int:
+        return max_attempts
+
+    def restart_options(self, max_attempts: int) -> list[str]:
+        return ["--first-attempt", str(self.attempt), "--max-attempts", str(max_attempts)]
+
+    def save_command(self, timeout_s: int) -> tuple[str, ...]:
+        stop = ("headway", "pod", "save-and-stop", "--run", self.run_id, "--job", self.submission_id)
+        return (*stop, "--timeout", str(timeout_s))
 
 
 def submission_id(run_id: str, attempt: int, *, repeat: int = 0) -> str:

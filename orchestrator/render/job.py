@@ -1,4 +1,4 @@
-"""An attempt as a job of Ray's Jobs API."""
+"""A job of Ray's Jobs API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.render.attempt import AttemptRequest
+from orchestrator.render.requested_job import RequestedJob
 
 
 class JobRequest(BaseModel):
@@ -24,29 +24,18 @@ class JobRequest(BaseModel):
         return self.model_dump(mode="json")
 
 
-def job_request(attempt: AttemptRequest) -> JobRequest:
-    runtime_env: dict[str, Any] = {
-        "env_vars": dict(sorted({**attempt.env, "HEADWAY_STORE": attempt.store_uri}.items()))
-    }
-    if attempt.package_digest is not None:
-        runtime_env["working_dir"] = package_uri(attempt.package_digest)
-    if attempt.resources.pip:
-        runtime_env["pip"] = list(attempt.resources.pip)
+def job_request(job: RequestedJob) -> JobRequest:
+    runtime_env: dict[str, Any] = {"env_vars": dict(sorted({**job.env, "HEADWAY_STORE": job.store_uri}.items()))}
+    if job.package_digest is not None:
+        runtime_env["working_dir"] = package_uri(job.package_digest)
+    if job.resources.pip:
+        runtime_env["pip"] = list(job.resources.pip)
     return JobRequest(
-        submission_id=attempt.submission_id,
-        entrypoint=shlex.join(attempt.command),
+        submission_id=job.submission_id,
+        entrypoint=shlex.join(job.command),
         runtime_env=runtime_env,
-        metadata=job_metadata(attempt),
+        metadata=job.metadata,
     )
-
-
-def job_metadata(attempt: AttemptRequest) -> dict[str, str]:
-    """What Ray's dashboard shows beside the job."""
-    return {
-        "headway_run": attempt.run_id,
-        "headway_attempt": str(attempt.attempt),
-        "headway_version": attempt.version,
-    }
 
 
 def package_uri(digest: str) -> str:

@@ -1,4 +1,4 @@
-"""An attempt as a RayJob of KubeRay (``ray.io/v1``, KubeRay 1.6: ``apis/ray/v1/rayjob_types.go``)."""
+"""A job as a RayJob of KubeRay (``ray.io/v1``, KubeRay 1.6: ``apis/ray/v1/rayjob_types.go``)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.errors import SpecError
-from orchestrator.render.attempt import AttemptRequest
-from orchestrator.render.job import job_metadata
 from orchestrator.render.pods import (
     CODE,
     JOB_LABEL,
     PREFIX,
     RAY_TEMP,
-    RUN_LABEL,
     STORE,
     Manifest,
     RayPod,
     s3_environment,
     template,
 )
+from orchestrator.render.requested_job import RequestedJob
 from orchestrator.spec import ResourcesSpec
 from orchestrator.target_settings import Pool, TargetSettings, amount
 
@@ -48,25 +46,25 @@ class RayJobRequest(BaseModel):
         return self.manifest
 
 
-def ray_job(attempt: AttemptRequest, settings: TargetSettings) -> RayJobRequest:
-    """The RayJob that makes this attempt, and up to ``settings.max_attempts`` in all.
+def ray_job(job: RequestedJob, settings: TargetSettings) -> RayJobRequest:
+    """The RayJob that does this, and is started again as often as ``settings.max_attempts`` allows.
 
     Raises:
         SpecError: the target has no such pool, or less of it than the run asks for.
     """
-    name = attempt.submission_id
+    name = job.submission_id
     spec: Manifest = {
-        "entrypoint": _entrypoint(attempt, settings),
+        "entrypoint": _entrypoint(job, settings),
         "submissionMode": "HTTPMode",  # no submitter pod, which would need a security context of its own
         "jobId": name,
-        "metadata": job_metadata(attempt),
-        "backoffLimit": settings.max_attempts - 1,
+        "metadata": job.metadata,
+        "backoffLimit": job.num_starts(settings.max_attempts) - 1,
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": settings.keep_finished,
-        "rayClusterSpec": _cluster(attempt, settings),
+        "rayClusterSpec": _cluster(job, settings),
     }
-    if attempt.resources.pip:
-        spec["runtimeEnvYAML"] = json.dumps({"pip": list(attempt.resources.pip)})
+    if job.resources.pip:
+        spec["runtimeEnvYAML"] = json.dumps({"pip": list(job.resources.pip)})
     if settings.deadlines.run:
         spec["activeDeadlineSeconds"] = settings.deadlines.run
     if settings.deadlines.start:
@@ -79,8 +77,8 @@ def ray_job(attempt: AttemptRequest, settings: TargetSettings) -> RayJobRequest:
             "metadata": {
                 "name": name,
                 "namespace": settings.namespace,
-                "labels": {**_labels(attempt), **_queue(settings)},
-                "annotations": {f"{PREFIX}/version": attempt.version, STORE: attempt.store_uri},
+                "labels": {**_labels(job), **_queue(settings)},
+                "annotations": {f"{PREFIX}/version": job.version, STORE: job.store_uri},
             },
             "spec": spec,
         },
@@ -118,20 +116,19 @@ def ranks_per_pod(resources: ResourcesSpec, name: str, pool: Pool) -> int:
     return ranks
 
 
-def _entrypoint(attempt: AttemptRequest, settings: TargetSettings) -> str:
-    limits = ["--first-attempt", str(attempt.attempt), "--max-attempts", str(settings.max_attempts)]
-    return shlex.join([*attempt.command, *limits])
+def _entrypoint(job: RequestedJob, settings: TargetSettings) -> str:
+    return shlex.join([*job.command, *job.restart_options(settings.max_attempts)])
 
 
-def _cluster(attempt: AttemptRequest, settings: TargetSettings) -> Manifest:
-    name, pool = settings.pool_of(attempt.resources.gpu)
-    pods = num_pods(attempt.resources, name, pool)
+def _cluster(job: RequestedJob, settings: TargetSettings) -> Manifest:
+    name, pool = settings.pool_of(job.resources.gpu)
+    pods = num_pods(job.resources, name, pool)
     return {
         "rayVersion": settings.ray_version,
         "authOptions": {"mode": "token", "secretName": settings.token_secret},
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": template(_head(attempt, settings), settings),
+            "template": template(_head(job, settings), settings),
         },
         "workerGroupSpecs": [
             {
@@ -140,17 +137,16 @@ def _cluster(attempt: AttemptRequest, settings: TargetSettings) -> Manifest:
                 "minReplicas": pods,
                 "maxReplicas": pods,
                 "rayStartParams": {"num-cpus": str(int(amount(pool.size.cpu)))},
-                "template": template(_worker(attempt, settings, pool), settings),
+                "template": template(_worker(job, settings, pool), settings),
             }
         ],
     }
 
 
-def _head(attempt: AttemptRequest, settings: TargetSettings) -> RayPod:
+def _head(job: RequestedJob, settings: TargetSettings) -> RayPod:
     save_s = settings.grace - LEAVE_S
-    stop = ("headway", "pod", "save-and-stop", "--run", attempt.run_id, "--job", attempt.submission_id)
     return _pod(
-        attempt,
+        job,
         settings,
         size=settings.head,
         ports=HEAD_PORTS,
@@ -158,39 +154,39 @@ def _head(attempt: AttemptRequest, settings: TargetSettings) -> RayPod:
         env={
             "RAY_JOB_STOP_WAIT_TIME_S": str(save_s),
             _DRAIN: "0",
-            POOL_VARIABLE: settings.pool_of(attempt.resources.gpu)[0],
+            POOL_VARIABLE: settings.pool_of(job.resources.gpu)[0],
         },
-        pre_stop=(*stop, "--timeout", str(save_s)),
+        pre_stop=job.save_command(save_s),
     )
 
 
-def _worker(attempt: AttemptRequest, settings: TargetSettings, pool: Pool) -> RayPod:
+def _worker(job: RequestedJob, settings: TargetSettings, pool: Pool) -> RayPod:
     # By itself Ray gives a node that is told to end 30 s, and the ranks on it no longer for their save.
-    return _pod(attempt, settings, size=pool.size, pool=pool, env={**pool.env, _DRAIN: str(settings.grace - LEAVE_S)})
+    return _pod(job, settings, size=pool.size, pool=pool, env={**pool.env, _DRAIN: str(settings.grace - LEAVE_S)})
 
 
-def _pod(attempt: AttemptRequest, settings: TargetSettings, *, env: dict[str, str], **fields: Any) -> RayPod:
-    ours = s3_environment(settings.s3, attempt.store_uri)
-    digest = attempt.package_digest or ""
-    fetch = ("headway", "pod", "fetch-code", "--digest", digest, "--to", CODE, "--version", attempt.version)
+def _pod(job: RequestedJob, settings: TargetSettings, *, env: dict[str, str], **fields: Any) -> RayPod:
+    ours = s3_environment(settings.s3, job.store_uri)
+    digest = job.package_digest or ""
+    fetch = ("headway", "pod", "fetch-code", "--digest", digest, "--to", CODE, "--version", job.version)
     return RayPod(
         component="trainer",
-        labels={**_labels(attempt), JOB_LABEL: attempt.submission_id},
+        labels={**_labels(job), JOB_LABEL: job.submission_id},
         account=settings.trainer_account,
         priority=settings.training_priority,
         s3_secret=settings.s3.trainer_secret,
         # Pods' own interface; without it gloo guesses by the host name, and may bind to the loopback.
-        env={"GLOO_SOCKET_IFNAME": "eth0", **settings.env, **env, **attempt.env, **ours},
-        secrets=(*settings.secrets, *attempt.secrets),
+        env={"GLOO_SOCKET_IFNAME": "eth0", **settings.env, **env, **job.env, **ours},
+        secrets=(*settings.secrets, *job.secrets),
         fetch_code=fetch if digest else (),
-        ship_logs=("headway", "pod", "ship-logs", "--run", attempt.run_id, "--root", RAY_TEMP),
+        ship_logs=("headway", "pod", "ship-logs", "--run", job.logs_of, "--root", RAY_TEMP),
         grace_s=settings.grace,
         **fields,
     )
 
 
-def _labels(attempt: AttemptRequest) -> dict[str, str]:
-    return {RUN_LABEL: attempt.run_id, f"{PREFIX}/attempt": str(attempt.attempt)}
+def _labels(job: RequestedJob) -> dict[str, str]:
+    return {f"{PREFIX}/{name}": value for name, value in job.labels.items()}
 
 
 def _queue(settings: TargetSettings) -> dict[str, str]:

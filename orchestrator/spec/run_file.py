@@ -81,6 +81,8 @@ class RunSpec(Part):
             )
         if self.gate.must_beat_serving and self.release is None:
             raise ValueError("gate.must_beat_serving needs release.model, whose serving version is to be beaten")
+        if self.data.tokenizer is not None and self.model.pretrained is not None:
+            raise ValueError("data.tokenizer excludes model.pretrained, whose own tokenizer is what its weights know")
         return self
 
     def sha256(self) -> str:

@@ -94,8 +94,9 @@ class DataSpec(Part):
     """A glob under ``s3://bucket/prefix`` or a local path; ``**`` crosses folders."""
     dataset: Annotated[str, Field(min_length=1)] | None = None
     """``NAME`` (its newest preparation) or ``NAME@FINGERPRINT``."""
-    format: Literal["text", "jsonl", "parquet", "messages"] = "text"
-    """``messages`` is JSON lines or Parquet of conversations: ``messages``, or ``prompt`` and ``completion``."""
+    format: Literal["text", "source", "jsonl", "parquet", "messages"] = "text"
+    """``source`` is text of a source tree, without what does not belong to it. ``messages`` is JSON lines or Parquet
+    of conversations: ``messages``, or ``prompt`` and ``completion``."""
     text_field: str = "text"
     """The field or column that holds the text, for jsonl and parquet."""
     label_field: Annotated[str, Field(min_length=1)] | None = None
@@ -103,7 +104,15 @@ class DataSpec(Part):
     long_samples: Literal["truncate", "skip"] = "truncate"
     """What becomes of a conversation, or a labelled text, that is longer than ``sequence_length``."""
     vocab_size: Annotated[int, Field(ge=258, le=2**31)] = 4096
-    """Size of the byte-level BPE trained on the source."""
+    """Size of the byte-level BPE trained on the source, where no tokenizer is given."""
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
+    """A ``tokenizer.json``: a path, or ``s3://bucket/key``. None trains one, or takes the pretrained model's."""
+    end_of_text: Annotated[str, Field(min_length=1)] | None = None
+    """The token of ``tokenizer`` behind each document; None looks for one of the usual names."""
+    clean: bool = True
+    """Whether texts lose a byte order mark, carriage returns and control characters, and empty ones are left out."""
+    max_bad_records: Fraction = 0.01
+    """Share of the records, and of the files, that may be bad before preparing fails."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the source's files held out, chosen by a hash of each path."""
     sequence_length: PositiveInt = 256
@@ -115,6 +124,10 @@ class DataSpec(Part):
             raise ValueError("needs exactly one of train (a source to prepare) and dataset (prepared before)")
         if self.label_field is not None and self.format not in ("jsonl", "parquet"):
             raise ValueError(f"label_field {self.label_field!r} needs format jsonl or parquet, not {self.format}")
+        if self.tokenizer is not None and self.train is None:
+            raise ValueError("takes tokenizer only beside train; a dataset prepared before has its own")
+        if self.end_of_text is not None and self.tokenizer is None:
+            raise ValueError("takes end_of_text only beside tokenizer, of which it names a token")
         return self
 
     @property

@@ -31,6 +31,11 @@ def dataset_manifest(name: str, fingerprint: str) -> str:
     return f"{dataset(name, fingerprint)}manifest.json"
 
 
+def part(value: int) -> str:
+    """Beside the manifest."""
+    return f"parts/{number(value)}.json"
+
+
 # bases/<fingerprint>/…
 def base(fingerprint: str) -> str:
     return f"bases/{fingerprint}/"
@@ -103,7 +108,9 @@ def notice(run_id: str, name: str) -> str:
 
 
 def logs(run_id: str) -> str:
-    return f"runs/{run_id}/logs/"
+    """Of a run, or of the making of a dataset, which is NAME@FINGERPRINT."""
+    name, at, fingerprint = run_id.partition("@")
+    return f"{dataset(name, fingerprint)}logs/" if at else f"runs/{run_id}/logs/"
 
 
 def report(run_id: str) -> str:

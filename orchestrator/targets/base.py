@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 from orchestrator.package import Package
-from orchestrator.render import AttemptRequest
+from orchestrator.render import RequestedJob
 from orchestrator.spec import ResourcesSpec
 
 
@@ -97,7 +97,7 @@ class Target(Protocol[Sent]):
         """
         ...
 
-    def render(self, attempt: AttemptRequest) -> Sent: ...
+    def render(self, job: RequestedJob) -> Sent: ...
 
     def submit(self, request: Sent, package: Package | None = None) -> Submission: ...
 

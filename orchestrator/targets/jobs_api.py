@@ -17,7 +17,7 @@ import httpx
 
 from orchestrator.errors import TargetError, TimedOut, UsageError
 from orchestrator.package import Package
-from orchestrator.render import AttemptRequest, JobRequest, job_request, package_uri
+from orchestrator.render import JobRequest, RequestedJob, job_request, package_uri
 from orchestrator.spec import ResourcesSpec
 from orchestrator.targets import ray_token
 from orchestrator.targets.base import Capacity, JobState, JobStatus, Submission
@@ -133,8 +133,8 @@ class JobsApiTarget:
         except (KeyError, TypeError) as e:
             raise TargetError(f"Ray at {self.url} describes its nodes in an unknown form ({e!r}).") from e
 
-    def render(self, attempt: AttemptRequest) -> JobRequest:
-        return job_request(attempt)
+    def render(self, job: RequestedJob) -> JobRequest:
+        return job_request(job)
 
     def submit(self, request: JobRequest, package: Package | None = None) -> Submission:
         """Upload the package if the cluster lacks it, then submit. Submitting an id twice is safe.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -16,4 +17,8 @@ def cpu_seconds(pid: int) -> float:
 
 def child_pids(pid: int) -> list[int]:
     """Living children of all of a process's threads."""
-    return [int(word) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for word in tasks.read_text().split()]
+    found = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found += [int(word) for word in tasks.read_text().split()]
+    return found

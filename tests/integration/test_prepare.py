@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +18,9 @@ import numpy as np
 import pytest
 
 from orchestrator.dataset.format import read_manifest
+from orchestrator.dataset.given import read_given
 from orchestrator.dataset.reader import TokenReader
-from orchestrator.dataset.source import list_source
+from orchestrator.dataset.source import list_source, source_fingerprint
 from orchestrator.errors import RunError
 from orchestrator.spec import DataSpec
 from orchestrator.store import Store, layout, open_store
@@ -95,7 +101,7 @@ def test_conversations_are_prepared_by_tasks_as_by_one_process(store: Store, bas
     files = list_source(pattern, store)
     manifest = prepare(data, "chats", files, store, base=base, tokenizer_fingerprint=TOKENIZER_FINGERPRINT)
     assert read_manifest(store, "chats", manifest.fingerprint) == manifest
-    assert len(manifest.train.shards) == files[0].size_bytes // 2**20 > 1
+    assert 1 < len(manifest.train.shards) <= files[0].size_bytes // 2**20
     counts = manifest.counts
     assert counts["train.samples"] + counts["eval.samples"] == 16_000
     assert not any(what.endswith(".truncated") for what in counts)
@@ -150,3 +156,60 @@ def test_what_is_wrong_with_the_classes_is_told_before_anything_is_tokenized(sto
     with pytest.raises(RunError, match="one class alone, 'only'"):
         prepare(data, "one", list_source(pattern, store), store)
     assert not [item.key for item in store.list(layout.datasets("one")) if item.key.endswith(".bin")]
+
+
+@pytest.mark.usefixtures("ray_of_two")
+def test_a_killed_preparation_goes_on_and_gives_the_same(store: Store, base: Any) -> None:
+    import ray
+
+    store.at(store.bucket, store.prefix).upload("tokenizer.json", (base.directory / "tokenizer.json").read_bytes())
+    texts = [{"text": json.dumps(one)} for one in conversations(30_000)]
+    data = DataSpec(
+        train=put(store, json_lines(texts)),
+        format="jsonl",
+        tokenizer=store.uri_of("tokenizer.json"),
+        end_of_text="<|im_end|>",
+        eval_fraction=0.1,
+    )
+    files, given = list_source(data.train or "", store), read_given(data, store)
+    assert given is not None
+    prefix = layout.dataset("texts", source_fingerprint(data, files, given.fingerprint))
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "tests.integration.prepare_process", address, store.uri, "texts"]
+    process = subprocess.Popen([*command, data.model_dump_json()])
+    try:
+        finished = wait_for_parts(store, prefix, 1, process)
+    finally:
+        process.kill()
+        process.wait()
+    assert not store.exists(f"{prefix}manifest.json")
+
+    said: list[str] = []
+    manifest = prepare(data, "texts", files, store, tokenizer=given, say=said.append)
+    assert manifest.lineage is not None
+    num_parts = len(manifest.lineage.parts)
+    assert finished < num_parts
+    there = re.search(r"(\d+) parts were there", said[-1])
+    assert there is not None, said
+    assert finished <= int(there[1]) < num_parts
+
+    alone = open_store(f"{store.uri}/alone")
+    undisturbed = prepare(data, "texts", files, alone, tokenizer=given, run=one_by_one(alone))
+    assert undisturbed.model_copy(update={"created_s": manifest.created_s}) == manifest
+    assert shards_of(alone, prefix) == shards_of(store, prefix)
+
+
+def wait_for_parts(store: Store, prefix: str, count: int, process: subprocess.Popen[bytes]) -> int:
+    """How many parts are finished, once there are ``count`` of them."""
+    for _ in range(600):
+        found = len(list(store.list(f"{prefix}parts/")))
+        if found >= count:
+            return found
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            raise AssertionError(f"preparing ended with {process.wait(0.1)}")
+    raise AssertionError("no parts in a minute")
+
+
+def one_by_one(store: Store) -> Any:
+    """Works on the parts in this process, one after the other."""
+    return lambda work, jobs, result: (work(job, store) for job in jobs)

@@ -117,7 +117,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"model.architecture": ["llama"]}, 'model.architecture: ["llama"] is refused: must be a mapping of fields'),
     ({"data.train": GONE}, "data: needs exactly one of train (a source to prepare) and dataset"),
     ({"data.dataset": "corpus"}, "data: needs exactly one of train"),
-    ({"data.format": "csv"}, "data.format: \"csv\" is refused: must be 'text', 'jsonl', 'parquet' or 'messages'"),
+    ({"data.format": "csv"}, "\"csv\" is refused: must be 'text', 'source', 'jsonl', 'parquet' or 'messages'"),
     ({"data.vocab_size": 257}, "data.vocab_size: 257 is refused: must be at least 258"),
     ({"data.vocab_size": 2**31 + 1}, "must be at most 2147483648"),
     ({"data.eval_fraction": 0}, "data.eval_fraction: 0 is refused: must be above 0"),

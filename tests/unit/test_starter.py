@@ -71,6 +71,8 @@ def test_what_is_commented_out_is_valid_and_shows_the_defaults() -> None:
         ("model", "init_from"),
         ("data", "dataset"),
         ("data", "label_field"),
+        ("data", "tokenizer"),
+        ("data", "end_of_text"),
         ("train", "epochs"),
     ):
         del document[part][excluded]

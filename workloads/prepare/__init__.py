@@ -1,36 +1,49 @@
 """A source to a prepared dataset, through Ray Data: one part of the source per task, in a fixed cut.
 
-The cut into parts depends on the source alone, so the same source gives the same shards at any parallelism.
+The cut into parts depends on the source alone, so the same source gives the same shards at any parallelism. Each part
+is committed when it is done, so a preparation that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from orchestrator.dataset.format import DatasetManifest, Tokenizer, is_held_out, read_manifest
+from orchestrator.dataset.given import GivenTokenizer, read_given
 from orchestrator.dataset.source import SourceFile, source_fingerprint
 from orchestrator.errors import AlreadyExists, NotFound, RunError, SpecError
 from orchestrator.spec import DataSpec
-from orchestrator.store import Store, layout, open_store
-from workloads.prepare.assemble import assemble
+from orchestrator.store import Store, layout
+from workloads.prepare.assemble import Gathered, assemble, require_good
+from workloads.prepare.cluster import on_cluster
+from workloads.prepare.committed import PartDone, commit_part, committed_parts
+from workloads.prepare.cutting import MAX_PART_BYTES, cut, part_bytes, slices_of
 from workloads.prepare.labels import Classes, class_names, labels_part, scan_part
 from workloads.prepare.messages import messages_part
-from workloads.prepare.parts import Part, PartJob, cut, slices_of
+from workloads.prepare.parts import Part, PartJob, settings_digest
+from workloads.prepare.progress import Progress
+from workloads.prepare.reuse import find_earlier, take_part, with_earlier
 from workloads.prepare.streams import stream_part
-from workloads.prepare.vocabulary import store_pretrained, store_trained
+from workloads.prepare.vocabulary import store_given, store_pretrained, store_trained
 
 if TYPE_CHECKING:
     from workloads.tasks.base_context import BaseContext
 
 __all__ = ["part_jobs", "prepare", "prepare_part", "split_by_record"]
 
-_PART = {"stream": stream_part, "packed": messages_part, "labelled": labels_part}
-
 Result = TypeVar("Result", bound=BaseModel)
+
+
+class RunParts(Protocol):
+    """Does work on each part, and gives the results as they are finished."""
+
+    def __call__(
+        self, work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob], result: type[Result]
+    ) -> Iterator[Result]: ...
 
 
 def prepare(
@@ -41,44 +54,117 @@ def prepare(
     *,
     base: BaseContext | None = None,
     tokenizer_fingerprint: str = "",
+    tokenizer: GivenTokenizer | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    run: RunParts = on_cluster,
 ) -> DatasetManifest:
     """The prepared dataset of this source; made where it does not exist yet.
 
     Args:
         base: the pretrained model, whose tokenizer and chat template are taken; None trains a tokenizer.
         tokenizer_fingerprint: of that tokenizer's files.
+        tokenizer: the one that ``data.tokenizer`` names, where it has been read already.
+        say: told how far it is.
+        run: how the parts are worked on.
 
     Raises:
         RunError: too much of the source is bad, a split is empty, or the classes are not some to learn.
         SpecError: the tokenizer is missing, or lacks what the data needs.
+        IntegrityError: what an earlier try has left of this dataset is damaged.
     """
-    wanted = source_fingerprint(data, files, tokenizer_fingerprint)
-    try:
-        return read_manifest(store, name, wanted)
-    except NotFound:
-        pass
-    if data.kind == "packed" and base is None:
-        raise SpecError(
-            "data.format: messages needs the chat template of a pretrained model.",
-            next_step="Set model.pretrained to one made for chat.",
-        )
-    by_record = split_by_record(data, files)
+    given = tokenizer or read_given(data, store)
+    wanted = source_fingerprint(data, files, given.fingerprint if given is not None else tokenizer_fingerprint)
+    standing = _standing(data, name, wanted, store)
+    if standing is not None:
+        return standing
+    chosen = [file for file in files if not file.left_out]
+    by_record = split_by_record(data, chosen)
     prefix = layout.dataset(name, wanted)
-    if base is None:
-        tokenizer = store_trained(data, files, store, prefix, by_record=by_record)
-    else:
-        tokenizer = store_pretrained(data, base.directory, store, prefix, trust_remote_code=base.trust_remote_code)
-    jobs = part_jobs(data, files, store, prefix, tokenizer, by_record=by_record)
-    classes: tuple[str, ...] = ()
-    if data.kind == "labelled":
-        classes = class_names(on_cluster(scan_part, jobs, Classes), data.label_field or "")
-        jobs = [job.model_copy(update={"classes": classes}) for job in jobs]
-    manifest = assemble(data, name, wanted, files, on_cluster(prepare_part, jobs, Part), tokenizer, classes)
+    kept = _keep_tokenizer(data, chosen, store, prefix, base, given, by_record=by_record)
+    jobs = _with_classes(part_jobs(data, chosen, store, prefix, kept, by_record=by_record), data, run)
+    settings = settings_digest(data, by_record=by_record)
+    earlier = find_earlier(store, name, settings=settings, tokenizer=kept, but=wanted)
+    gathered = Gathered(len(jobs[0].classes) or kept.vocab_size)
+    _gather(jobs, gathered, store, earlier, run, Progress(jobs, say))
+    manifest = assemble(
+        data,
+        name,
+        wanted,
+        chosen,
+        gathered,
+        kept,
+        jobs[0].classes,
+        by_record=by_record,
+        reused=earlier.fingerprint if earlier is not None and any(one.num_reused for one in gathered.parts) else None,
+        left_out=Counter(file.left_out for file in files if file.left_out),
+    )
     try:
         store.create_json(layout.dataset_manifest(name, wanted), manifest.model_dump(mode="json"))
     except AlreadyExists:  # prepared by someone else meanwhile: the same bytes under the same fingerprint
         return read_manifest(store, name, wanted)
     return manifest
+
+
+def _standing(data: DataSpec, name: str, wanted: str, store: Store) -> DatasetManifest | None:
+    """The dataset where it is prepared already, held to the limits of now."""
+    try:
+        manifest = read_manifest(store, name, wanted)
+    except NotFound:
+        return None
+    require_good(data, manifest)
+    return manifest
+
+
+def _with_classes(jobs: list[PartJob], data: DataSpec, run: RunParts) -> list[PartJob]:
+    """The jobs, told of labelled texts which classes all of the source holds."""
+    if data.kind != "labelled":
+        return jobs
+    classes = class_names(list(run(scan_part, jobs, Classes)), data.label_field or "")
+    return [job.model_copy(update={"classes": classes}) for job in jobs]
+
+
+def _gather(
+    jobs: list[PartJob],
+    gathered: Gathered,
+    store: Store,
+    earlier: DatasetManifest | None,
+    run: RunParts,
+    progress: Progress,
+) -> None:
+    """Every part: those that an earlier try has finished, and the others once they are made."""
+    for found in committed_parts(jobs, store):
+        gathered.add(found)
+        progress.found(found)
+    missing = [job for job in jobs if job.number not in gathered]
+    if earlier is not None:
+        missing = with_earlier(missing, earlier, store)
+    for made in run(prepare_part, missing, PartDone):
+        gathered.add(made)
+        progress.made(made)
+    progress.end()
+
+
+def _keep_tokenizer(
+    data: DataSpec,
+    files: list[SourceFile],
+    store: Store,
+    prefix: str,
+    base: BaseContext | None,
+    given: GivenTokenizer | None,
+    *,
+    by_record: bool,
+) -> Tokenizer:
+    """The dataset's tokenizer, in the store."""
+    if data.kind == "packed" and base is None:
+        raise SpecError(
+            "data.format: messages needs the chat template of a pretrained model.",
+            next_step="Set model.pretrained to one made for chat.",
+        )
+    if given is not None:
+        return store_given(given, store, prefix)
+    if base is not None:
+        return store_pretrained(data, base.directory, store, prefix, trust_remote_code=base.trust_remote_code)
+    return store_trained(data, files, store, prefix, by_record=by_record)
 
 
 def split_by_record(data: DataSpec, files: list[SourceFile]) -> bool:
@@ -103,6 +189,10 @@ def part_jobs(
     data: DataSpec, files: list[SourceFile], store: Store, prefix: str, tokenizer: Tokenizer, *, by_record: bool
 ) -> list[PartJob]:
     """The work on each part of the source, in order."""
+    of_16_bits = data.kind == "stream" and tokenizer.vocab_size <= 2**16
+    usual_bytes = part_bytes(
+        sum(file.size_bytes for file in files), max_bytes=MAX_PART_BYTES if of_16_bits else MAX_PART_BYTES // 2
+    )
     return [
         PartJob(
             number=number,
@@ -113,27 +203,21 @@ def part_jobs(
             tokenizer=tokenizer,
             by_record=by_record,
         )
-        for number, part in enumerate(cut(slices_of(files, data)))
+        for number, part in enumerate(cut(slices_of(files, data), usual_bytes))
     ]
 
 
-def prepare_part(job: PartJob, store: Store) -> Part:
-    """Tokenize one part of the source, write its shards, and tell what was written."""
-    return _PART[job.data.kind](job, store)
+def prepare_part(job: PartJob, store: Store) -> PartDone:
+    """Tokenize one part of the source, write its shards, and commit it."""
+    part, num_reused = _made_part(job, store)
+    return commit_part(job, part, store, num_reused=num_reused)
 
 
-def on_cluster(work: Callable[[PartJob, Store], Result], jobs: list[PartJob], result: type[Result]) -> list[Result]:
-    """``work`` on every part, each as a Ray Data task; the results in the parts' order."""
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"part": job.number, "job": job.model_dump_json()} for job in jobs]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    done = dataset.map(_work_row, fn_args=[work], num_cpus=1).take_all()
-    return [result.model_validate_json(row["result"]) for row in sorted(done, key=lambda row: row["part"])]
-
-
-def _work_row(row: dict[str, Any], work: Callable[[PartJob, Store], BaseModel]) -> dict[str, Any]:
-    job = PartJob.model_validate_json(row["job"])
-    return {"part": row["part"], "result": work(job, open_store(job.store)).model_dump_json()}
+def _made_part(job: PartJob, store: Store) -> tuple[Part, int]:
+    """The part, and how many of its slices were taken from an earlier preparation."""
+    if job.data.kind == "stream":
+        return stream_part(job, store)
+    taken = take_part(job, store)
+    if taken is not None:
+        return taken, len(job.slices)
+    return (messages_part if job.data.kind == "packed" else labels_part)(job, store), 0

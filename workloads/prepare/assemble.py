@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from orchestrator.dataset.format import DatasetManifest, Split, Tokenizer
+from orchestrator import __version__
+from orchestrator.dataset.format import DatasetManifest, Lineage, Split, Tokenizer
 from orchestrator.dataset.source import SourceFile
 from orchestrator.errors import RunError
 from orchestrator.spec import DataSpec
-from workloads.prepare.parts import Part, SplitName
+from workloads.prepare.committed import PartDone
+from workloads.prepare.parts import SPLITS, Part, SplitName, settings_digest, stream_dtype
 from workloads.prepare.records import REASONS
-from workloads.prepare.streams import stream_dtype
 
-_MAX_SKIPPED = 0.01  # share of the source's files, and of its records
 _MAX_NAMED = 20  # files and records that are named
+
+
+class Gathered:
+    """The parts that are done. How often each token is a target is summed up as they come, since those of all parts of
+    a large source would not fit in memory.
+
+    Args:
+        num_targets: tokens, or classes, that there are.
+    """
+
+    def __init__(self, num_targets: int) -> None:
+        self.frequencies = {split: np.zeros(num_targets, dtype=np.int64) for split in SPLITS}
+        self._done: dict[int, PartDone] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._done
+
+    def add(self, done: PartDone) -> None:
+        splits = {}
+        for split, found in done.part.splits.items():
+            values = np.fromiter(found.frequencies.keys(), dtype=np.int64)
+            self.frequencies[split][values] += np.fromiter(found.frequencies.values(), dtype=np.int64)
+            splits[split] = found.model_copy(update={"frequencies": {}})
+        part = done.part.model_copy(update={"splits": splits})
+        self._done[done.number] = done.model_copy(update={"part": part})
+
+    @property
+    def parts(self) -> list[PartDone]:
+        """In their order, without frequencies."""
+        return [done for _, done in sorted(self._done.items())]
 
 
 def assemble(
@@ -27,20 +56,37 @@ def assemble(
     name: str,
     wanted: str,
     files: list[SourceFile],
-    parts: list[Part],
+    gathered: Gathered,
     tokenizer: Tokenizer,
     classes: tuple[str, ...] = (),
+    *,
+    by_record: bool,
+    reused: str | None = None,
+    left_out: Mapping[str, int] | None = None,
 ) -> DatasetManifest:
     """The manifest of the dataset with the fingerprint ``wanted``.
+
+    Args:
+        reused: the fingerprint of the preparation that samples were taken from.
+        left_out: files of a source tree that do not belong to it, by reason.
 
     Raises:
         RunError: too much of the source is bad, or a split is empty.
     """
-    skipped = [f"{file.path}: {file.why}" for part in parts for file in part.unreadable]
-    _require_files(data, skipped, files)
-    _require_records(parts)
-    size = len(classes) or tokenizer.vocab_size
-    counts: Counter[str] = Counter()
+    parts = [done.part for done in gathered.parts]
+    unreadable = {file.path: file.why for part in parts for file in part.unreadable}
+    source = {
+        "pattern": data.train,
+        "num_files": len(files),
+        "num_bytes": sum(file.size_bytes for file in files),
+        "num_skipped": len(unreadable),
+        "skipped": [f"{path}: {why}" for path, why in unreadable.items()][:_MAX_NAMED],
+        **_records(data, parts),
+    }
+    _require_files(data, source)
+    _require_records(data, source)
+    counts = Counter({f"left_out_{why}": count for why, count in (left_out or {}).items()})
+    counts["skipped_unreadable_file"] = len(unreadable)
     for part in parts:
         counts.update(part.counts)
     return DatasetManifest(
@@ -50,21 +96,30 @@ def assemble(
         tokenizer=tokenizer,
         train=_split(parts, "train"),
         eval=_split(parts, "eval"),
-        unigram_loss=unigram_loss(_frequencies(parts, "train", size), _frequencies(parts, "eval", size)),
-        source={
-            "pattern": data.train,
-            "num_files": len(files),
-            "num_bytes": sum(file.size_bytes for file in files),
-            "num_skipped": len(skipped),
-            "skipped": skipped[:_MAX_NAMED],
-            **_records(data, parts),
-        },
+        unigram_loss=unigram_loss(gathered.frequencies["train"], gathered.frequencies["eval"]),
+        source=source,
         created_s=time.time(),
         kind=data.kind,
         row_tokens=None if data.kind == "stream" else data.sequence_length + 1,
         classes=classes,
         counts={what: count for what, count in sorted(counts.items()) if count},
+        lineage=Lineage(
+            code_version=__version__,
+            settings=settings_digest(data, by_record=by_record),
+            parts=tuple(done.file for done in gathered.parts),
+            reused=reused,
+        ),
     )
+
+
+def require_good(data: DataSpec, manifest: DatasetManifest) -> None:
+    """Hold a dataset that was prepared under another limit to the one of now.
+
+    Raises:
+        RunError: too much of its source is bad.
+    """
+    _require_files(data, manifest.source)
+    _require_records(data, manifest.source)
 
 
 def unigram_loss(train_counts: Any, eval_counts: Any) -> float:
@@ -77,27 +132,37 @@ def unigram_loss(train_counts: Any, eval_counts: Any) -> float:
     return float(-(weights * log_probability).sum() / weights.sum())
 
 
-def _require_files(data: DataSpec, skipped: list[str], files: list[SourceFile]) -> None:
-    if len(skipped) > max(1, _MAX_SKIPPED * len(files)):
+def _require_files(data: DataSpec, source: Mapping[str, Any]) -> None:
+    if source["num_skipped"] > _allowed(data, source["num_files"]):
         raise RunError(
-            f"data: {len(skipped)} of {len(files)} files are not {data.format} in UTF-8 "
-            f"(at most {_MAX_SKIPPED:.0%} may be): {'; '.join(skipped[:3])}.",
-            next_step="Narrow data.train to the files meant, or set data.format.",
+            f"data: {source['num_skipped']} of {source['num_files']} files are not {data.format} in UTF-8 "
+            f"({_at_most(data)}): {'; '.join(source['skipped'][:3])}.",
+            next_step="Narrow data.train to the files meant, or set data.format or data.max_bad_records.",
         )
 
 
-def _require_records(parts: Sequence[Part]) -> None:
-    num_bad, num_records = sum(part.num_bad for part in parts), sum(part.num_records for part in parts)
-    if num_bad > max(1, _MAX_SKIPPED * num_records):
+def _require_records(data: DataSpec, source: Mapping[str, Any]) -> None:
+    num_bad, num_records = source.get("num_bad_records", 0), source.get("num_records", 0)
+    if num_bad > _allowed(data, num_records):
         raise RunError(
-            f"data: {num_bad} of {num_records} records cannot be used (at most {_MAX_SKIPPED:.0%} may be): "
-            f"{'; '.join(_named(parts)[:3])}.",
-            next_step="Correct them or leave them out; docs/data.md says what a record holds.",
+            f"data: {num_bad} of {num_records} records cannot be used ({_at_most(data)}): "
+            f"{'; '.join(source['bad_records'][:3])}.",
+            next_step="Correct them, leave them out, or raise data.max_bad_records; docs/data.md says what a record "
+            "holds.",
         )
+
+
+def _allowed(data: DataSpec, count: int) -> float:
+    """How many may be bad: one always, unless none may."""
+    return max(1.0, data.max_bad_records * count) if data.max_bad_records else 0.0
+
+
+def _at_most(data: DataSpec) -> str:
+    return f"at most {100 * data.max_bad_records:g}% may be"
 
 
 def _records(data: DataSpec, parts: Sequence[Part]) -> dict[str, Any]:
-    if data.kind == "stream":
+    if data.format in ("text", "source"):
         return {}
     return {
         "num_records": sum(part.num_records for part in parts),
@@ -109,7 +174,7 @@ def _records(data: DataSpec, parts: Sequence[Part]) -> dict[str, Any]:
 def _named(parts: Sequence[Part]) -> list[str]:
     """The first bad records, as ``file:line`` and the reason."""
     before: Counter[str] = Counter()  # lines of a file's slices in earlier parts
-    named = []
+    named: list[str] = []
     for part in parts:
         for bad in part.bad:
             detail = f": {bad.detail}" if bad.detail else ""
@@ -125,14 +190,6 @@ def _left_out(parts: Sequence[Part], name: SplitName) -> list[str]:
         counts.update({what: count for what, count in part.counts.items() if what.startswith(f"{name}.skipped_")})
     told = [f"{count} {what.split('skipped_')[-1]}" for what, count in sorted(counts.items())]
     return told + [f"{file.path}: {file.why}" for part in parts for file in part.unreadable][:1]
-
-
-def _frequencies(parts: Sequence[Part], split: SplitName, size: int) -> npt.NDArray[np.float64]:
-    total = np.zeros(size)
-    for part in parts:
-        found = part.splits[split].frequencies
-        total[np.fromiter(found.keys(), dtype=np.int64)] += np.fromiter(found.values(), dtype=np.float64)
-    return total
 
 
 def _split(parts: Sequence[Part], name: SplitName) -> Split:

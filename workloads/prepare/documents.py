@@ -1,105 +1,157 @@
-"""What a source holds: documents of text, and records, each with its line."""
+"""What a source holds: documents of text, and records, each with its line. Read ahead by threads, in bounded memory."""
 
 from __future__ import annotations
 
 import codecs
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from orchestrator.dataset.source import Slice, SourceFile, read_lines, read_source
+from orchestrator.dataset.source import Slice, SourceFile, read_lines, read_range, read_source
 from orchestrator.spec import DataSpec
 from orchestrator.store import Store
-from workloads.prepare.parts import PartJob, Tally, is_parquet
-from workloads.prepare.records import Unusable
+from workloads.prepare.clean import clean, is_empty
+from workloads.prepare.cutting import is_parquet
+from workloads.prepare.parts import PartJob, Tally
+from workloads.prepare.records import Unusable, text_of
 
-_READS = 16
+_READS = 16  # pieces of the source read ahead of the one that is tokenized
+_READ_BYTES = 64 * 2**20  # unless one alone is larger
 _ROWS = 1024  # of a Parquet file made Python objects at once
-_NOT_THE_FORMAT = (ValueError, KeyError, TypeError, RecursionError)
+_COLUMN_BYTES = 2**20  # of a Parquet column read at a time
+_BINARY_BYTES = 8 * 2**10  # where a NUL tells that a file is no text
 
-BadFile = Callable[[SourceFile, str], None]
-"""Told of a file that is not what the format says, and why it is not."""
-
-
-def _ignore(file: SourceFile, why: str) -> None:
-    """Where a file is told of elsewhere."""
+Records = Iterator[tuple[int, Any]]
+"""(line, record or :class:`Unusable`), lines from 1; None for an empty line."""
 
 
-def read_documents(
-    data: DataSpec, files: Iterable[SourceFile], store: Store, *, bad: BadFile = _ignore
-) -> Iterator[tuple[SourceFile, list[str]]]:
-    """The documents of each file that is what the format says, read ahead by threads."""
-    with ThreadPoolExecutor(_READS) as pool:
-        for file, content in pool.map(lambda f: (f, read_source(f, store)), files):
-            try:
-                documents = list(documents_of(content, data))
-            except _NOT_THE_FORMAT as e:
-                bad(file, _why(e))
-            else:
-                yield file, documents
+class NotInFormat(Exception):
+    """A file, or a slice of one, that is not what the format says; the text says why."""
 
 
-def documents_of(content: bytes, data: DataSpec) -> Iterator[str]:
-    """A file's documents.
+def texts(data: DataSpec, slices: Iterable[Slice], store: Store) -> Iterator[tuple[Slice, Tally, Iterator[str]]]:
+    """Each slice's documents, with the tally that what is none is counted in, as they are read.
 
     Raises:
-        ValueError, KeyError, TypeError: it is not in the format, or lacks the field.
+        NotInFormat: from the documents, and after some of them where that is seen late.
     """
-    if data.format == "text":
-        yield content.decode("utf-8")
-    elif data.format == "jsonl":
-        lines = content.decode("utf-8").split("\n")  # splitlines() would also cut at U+2028 within a text
-        for number, line in enumerate(lines, start=1):
-            try:
-                if line.strip():
-                    yield text_of(json.loads(line)[data.text_field])
-            except _NOT_THE_FORMAT as e:
-                raise ValueError(f"line {number}: {_why(e)}") from e
-    else:
-        for row in _parquet_rows(content, [data.text_field]):
-            if row[data.text_field] is not None:
-                yield text_of(row[data.text_field])
+    for piece, content in _read_ahead(data, slices, store):
+        tally = Tally()
+        if data.format in ("text", "source"):
+            found = _whole_text(data, piece, content, tally)
+        else:
+            found = _record_texts(data, piece, content, store, tally)
+        yield piece, tally, _cleaned(found, tally) if data.clean else found
 
 
-def read_records(
-    data: DataSpec, slices: Sequence[Slice], store: Store, *, fields: list[str], bad: BadFile = _ignore
-) -> Iterator[tuple[SourceFile, Iterator[tuple[int, Any]]]]:
-    """Each readable slice's records as (line, record or :class:`Unusable`), lines from 1; None for an empty line.
+def job_records(job: PartJob, store: Store, tally: Tally, fields: list[str]) -> Iterator[tuple[SourceFile, int, Any]]:
+    """A part's records as (file, line within the part, record), in their order. What cannot be read is counted instead.
 
     Args:
         fields: the columns that are wanted of a Parquet file; JSON lines are read whole.
     """
-    with ThreadPoolExecutor(_READS) as pool:
-        for part, content in pool.map(lambda s: (s, read_lines(s, store)), slices):
-            if not is_parquet(part.file, data):
-                yield part.file, _json_lines(content)
-                continue
-            try:
-                _check_parquet(content, fields)
-            except ValueError as e:
-                bad(part.file, _why(e))
-            else:
-                yield part.file, iter(enumerate(_parquet_rows(content, fields), start=1))
-
-
-def job_records(job: PartJob, store: Store, tally: Tally, fields: list[str]) -> Iterator[tuple[SourceFile, int, Any]]:
-    """A part's records as (file, line, record), in their order. What cannot be read is counted instead."""
     for file, records in read_records(job.data, job.slices, store, fields=fields, bad=tally.skip_file):
-        for line, record in records:
+        for _, record in records:
             tally.lines[file.path] += 1
             if record is None:
                 continue
             tally.num_records += 1
+            line = tally.lines[file.path]
             if isinstance(record, Unusable):
                 tally.skip(file, line, record)
             else:
                 yield file, line, record
 
 
-def _json_lines(content: bytes) -> Iterator[tuple[int, Any]]:
-    lines = content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
+def read_records(
+    data: DataSpec, slices: Iterable[Slice], store: Store, *, fields: list[str], bad: Callable[[SourceFile, str], None]
+) -> Iterator[tuple[SourceFile, Records]]:
+    """The records of each slice that is what the format says.
+
+    Args:
+        bad: told of a file that is not, and why. A slice of Parquet is read twice for it: it is used whole or not at
+            all.
+    """
+    for piece, content in _read_ahead(data, slices, store):
+        if content is not None:
+            yield piece.file, _json_lines(content)
+            continue
+        try:
+            for _ in _parquet_batches(piece, store, fields):
+                pass
+        except NotInFormat as e:
+            bad(piece.file, str(e))
+        else:
+            yield piece.file, _parquet_rows(piece, store, fields)
+
+
+def _read_ahead(data: DataSpec, slices: Iterable[Slice], store: Store) -> Iterator[tuple[Slice, bytes | None]]:
+    """Each slice with its bytes, in order; without them for Parquet, which is read piece by piece."""
+
+    def read(piece: Slice) -> bytes | None:
+        if is_parquet(piece.file, data):
+            return None
+        return read_source(piece.file, store) if piece.of == 1 else read_lines(piece, store)
+
+    under_way: deque[tuple[Slice, Future[bytes | None]]] = deque()
+    with ThreadPoolExecutor(_READS) as pool:
+        for piece in slices:
+            under_way.append((piece, pool.submit(read, piece)))
+            while len(under_way) > _READS or sum(one.size_bytes for one, _ in under_way) > _READ_BYTES:
+                first, content = under_way.popleft()
+                yield first, content.result()
+        while under_way:
+            first, content = under_way.popleft()
+            yield first, content.result()
+
+
+def _whole_text(data: DataSpec, piece: Slice, content: bytes | None, tally: Tally) -> Iterator[str]:
+    """A file's text, its only document."""
+    content = content or b""
+    try:
+        if data.format == "source" and b"\0" in content[:_BINARY_BYTES]:
+            raise ValueError("it is binary")
+        yield content.decode("utf-8")
+    except ValueError as e:
+        if data.format != "source":
+            raise NotInFormat("it is not UTF-8") from e
+        tally.counts["left_out_binary"] += 1
+
+
+def _record_texts(data: DataSpec, piece: Slice, content: bytes | None, store: Store, tally: Tally) -> Iterator[str]:
+    records = _json_lines(content) if content is not None else _parquet_rows(piece, store, [data.text_field])
+    for line, record in records:
+        tally.lines[piece.file.path] += 1
+        if record is None:
+            continue
+        tally.num_records += 1
+        try:
+            if isinstance(record, Unusable):
+                raise record
+            text = text_of(record, data)
+        except Unusable as e:
+            tally.skip(piece.file, line, e)
+        else:
+            if text is None:
+                tally.counts["skipped_empty"] += 1
+            else:
+                yield text
+
+
+def _cleaned(documents: Iterable[str], tally: Tally) -> Iterator[str]:
+    for document in documents:
+        text = clean(document)
+        if is_empty(text):
+            tally.counts["skipped_empty"] += 1
+        else:
+            yield text
+
+
+def _json_lines(content: bytes) -> Records:
+    lines = content.removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n") if content else []
     return ((number, _json_line(line)) for number, line in enumerate(lines, start=1))
 
 
@@ -115,61 +167,68 @@ def _json_line(line: bytes) -> Any:
     return Unusable("not_an_object") if record is None else record
 
 
-def _check_parquet(content: bytes, fields: list[str]) -> None:
-    """Read all of it once, without making objects of it: a file is used whole or not at all.
+def _parquet_rows(piece: Slice, store: Store, fields: list[str]) -> Records:
+    """The rows of a slice of a Parquet file, with those of ``fields`` that it has.
 
     Raises:
-        ValueError: as :func:`_parquet_rows`.
+        NotInFormat: it is not Parquet, or has none of ``fields``.
     """
-    for _ in _parquet_batches(content, fields):
-        pass
+    line = 0
+    for batch in _parquet_batches(piece, store, fields):
+        for row in batch.to_pylist():
+            line += 1
+            yield line, row
 
 
-def _parquet_rows(content: bytes, fields: list[str]) -> Iterator[dict[str, Any]]:
-    """A Parquet file's rows, with those of ``fields`` that it has.
-
-    Raises:
-        ValueError: it is not Parquet, or has none of ``fields``.
-    """
-    for batch in _parquet_batches(content, fields):
-        yield from batch.to_pylist()
-
-
-def _parquet_batches(content: bytes, fields: list[str]) -> Iterator[Any]:
+def _parquet_batches(piece: Slice, store: Store, fields: list[str]) -> Iterator[Any]:
+    """The slice's row groups, of which the ``n``-th of ``m`` slices has its share, batch by batch."""
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        source = pyarrow.PythonFile(_Ranged(piece.file, store), mode="r")
+        file = pyarrow.parquet.ParquetFile(source, buffer_size=_COLUMN_BYTES)
         columns = [field for field in fields if field in file.schema_arrow.names]
         if not columns:
-            raise ValueError(f"it has no column {' or '.join(fields)}")
-        yield from file.iter_batches(_ROWS, columns=columns)
+            raise NotInFormat(f"it has no column {' or '.join(fields)}")
+        groups = file.metadata.num_row_groups
+        for group in range(groups * piece.number // piece.of, groups * (piece.number + 1) // piece.of):
+            yield from file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False)
     except (pyarrow.ArrowException, OSError) as e:
-        raise ValueError(f"it is not parquet: {e}") from e
+        raise NotInFormat(f"it is not parquet: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
+
+
+class _Ranged(io.RawIOBase):
+    """A source file that is read by ranges, as pyarrow asks for them."""
+
+    def __init__(self, file: SourceFile, store: Store) -> None:
+        self._file, self._store, self._position = file, store, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size_bytes}[whence]
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._file.size_bytes - self._position)
+        wanted = left if size is None or size < 0 else min(size, left)
+        content = read_range(self._file, self._store, self._position, wanted) if wanted else b""
+        self._position += len(content)
+        return content
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with a file or a line, in one line."""
+    """What is wrong with a line of JSON, in one line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} in column {error.colno}"
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8"
-    if isinstance(error, UnicodeEncodeError):
-        return "it holds half a surrogate pair, which is no text"
-    if isinstance(error, KeyError):
-        return f"it has no field {error}"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def text_of(value: object) -> str:
-    """A text that can be encoded.
-
-    Raises:
-        TypeError: no text. ValueError: half a surrogate pair, which JSON can say and which is no text.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"the text field holds {type(value).__name__}, not text")
-    value.encode()
-    return value

@@ -23,6 +23,7 @@ from workloads.prepare.parts import (
     Tally,
     batched,
     frequencies,
+    part_of,
     upload_shard,
 )
 from workloads.prepare.records import LabelledText, Unusable, labelled_of
@@ -92,7 +93,10 @@ def class_names(scanned: Sequence[Classes], label_field: str) -> tuple[str, ...]
 
 def labels_part(job: PartJob, store: Store) -> Part:
     """One part of the source as one shard of rows per split."""
-    backend = load_backend(store.get(job.prefix + job.tokenizer.file))
+    content = store.get_verified(
+        job.prefix + job.tokenizer.file, sha256=job.tokenizer.sha256, size_bytes=job.tokenizer.size_bytes
+    )
+    backend = load_backend(content)  # one of its own, since it is told to cut
     backend.enable_truncation(max_length=job.data.sequence_length)
     tally = Tally()
     rows: dict[SplitName, list[Any]] = {split: [] for split in SPLITS}
@@ -112,7 +116,7 @@ def labels_part(job: PartJob, store: Store) -> Part:
     splits = {
         split: _split_part(job, store, split, rows[split], num_bytes[split], tuple(files[split])) for split in SPLITS
     }
-    return tally.part(splits)
+    return part_of(job, splits, tally)
 
 
 def _texts(job: PartJob, store: Store, tally: Tally) -> Iterator[Sample]:
@@ -150,7 +154,7 @@ def _split_part(
     labels = np.array([row[0] for row in rows], dtype=np.int64)
     flat = np.concatenate(rows) if rows else np.empty(0, dtype=np.uint32)
     return SplitPart(
-        shard=upload_shard(store, job.prefix, f"{split}-{job.number:05d}.bin", flat),
+        shard=upload_shard(store, job, split, flat),
         num_bytes=num_bytes,
         num_targets=len(rows),
         files=files,

@@ -28,6 +28,7 @@ from workloads.prepare.parts import (
     Tally,
     batched,
     frequencies,
+    part_of,
     upload_shard,
 )
 from workloads.prepare.records import Unusable, conversation_of
@@ -72,7 +73,7 @@ def messages_part(job: PartJob, store: Store) -> Part:
                 kept[one.split].append(encoded)
                 files[one.split][one.file.path] = None
     splits = {split: _split_part(job, store, split, kept[split], tuple(files[split]), tally) for split in SPLITS}
-    return tally.part(splits)
+    return part_of(job, splits, tally)
 
 
 def _template(job: PartJob, store: Store) -> ChatTemplate:
@@ -155,7 +156,7 @@ def _split_part(
     tally.counts[f"{split}.padding_tokens"] += len(flat) - sum(lengths)
     targets = target_ids(flat)
     return SplitPart(
-        shard=upload_shard(store, job.prefix, f"{split}-{job.number:05d}.bin", flat),
+        shard=upload_shard(store, job, split, flat),
         num_bytes=sum(one.target_bytes for one in kept),
         num_targets=len(targets),
         files=files,

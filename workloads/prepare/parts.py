@@ -1,40 +1,42 @@
-"""Parts of a source: how it is cut into them, what one of them is told, and what it gives back."""
+"""Parts of a source: what one of them is told, and what it gives back."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from orchestrator.dataset.format import Shard, Tokenizer, is_held_out
+from orchestrator.dataset.format import PartFile, Shard, Tokenizer, is_held_out, settings
 from orchestrator.dataset.source import Slice, SourceFile
-from orchestrator.spec import DataSpec
+from orchestrator.spec import DataSpec, canonical_json
 from orchestrator.store import Store
 from workloads.prepare.records import Unusable
 
-_MIN_PART_BYTES, _MAX_PART_BYTES, _PARTS = 2**20, 128 * 2**20, 16
 _MAX_NAMED = 20  # bad records that are named
+_COUNTED = 2**20  # entries at a time, of which NumPy makes 64-bit ones to count them
 
 SplitName = Literal["train", "eval"]
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 
-
-class _Sized(Protocol):
-    @property
-    def size_bytes(self) -> int: ...
-
-
-Piece = TypeVar("Piece", bound=_Sized)
 Item = TypeVar("Item")
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EarlierPart(_Frozen):
+    """A part of an earlier preparation, of which samples may be taken."""
+
+    prefix: str
+    piece_bytes: int
+    file: PartFile
 
 
 class PartJob(_Frozen):
@@ -49,11 +51,37 @@ class PartJob(_Frozen):
     by_record: bool
     """Whether the held-out split is of records, by a hash of each, and not of files."""
     classes: tuple[str, ...] = ()
+    earlier: tuple[EarlierPart, ...] = ()
 
     def split_of(self, file: SourceFile, record: str) -> SplitName:
         """Where a record belongs."""
         what = record if self.by_record else file.path
         return "eval" if is_held_out(what, self.data.eval_fraction) else "train"
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(piece.size_bytes for piece in self.slices)
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the part's samples depend on."""
+        facts = {
+            "settings": settings_digest(self.data, by_record=self.by_record),
+            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "classes": self.classes,
+            "slices": [slice_key(piece) for piece in self.slices],
+        }
+        return hashlib.sha256(canonical_json(facts)).hexdigest()
+
+
+def settings_digest(data: DataSpec, *, by_record: bool) -> str:
+    """Of all that the samples depend on but for the files and the tokenizer."""
+    return hashlib.sha256(canonical_json({**settings(data), "by_record": by_record})).hexdigest()
+
+
+def slice_key(piece: Slice) -> tuple[str, str, int, int, int]:
+    """What tells whether a slice is the same as one of an earlier preparation, wherever it lies."""
+    return piece.file.path, piece.file.etag, piece.file.size_bytes, piece.number, piece.of
 
 
 class SplitPart(_Frozen):
@@ -70,7 +98,7 @@ class SplitPart(_Frozen):
 class BadRecord(_Frozen):
     path: str
     line: int
-    """From 1 within the slice; the row of a Parquet file."""
+    """From 1 within what the part, or the slice, holds of the file; of Parquet the row."""
     reason: str
     detail: str = ""
 
@@ -80,23 +108,63 @@ class BadFile(_Frozen):
     why: str
 
 
-class Part(_Frozen):
-    """What became of one part."""
+class Tallied(_Frozen):
+    """What became of records."""
 
-    splits: dict[SplitName, SplitPart]
     unreadable: tuple[BadFile, ...] = ()
-    """Files that are not what the format says, each left out as a whole."""
+    """Files, or slices of them, that are not what the format says, each left out as a whole."""
     counts: dict[str, int] = {}
     bad: tuple[BadRecord, ...] = ()
     """The first few."""
     num_bad: int = 0
     num_records: int = 0
     lines: dict[str, int] = {}
-    """Lines in each file, or in this part's slices of it."""
+    """Lines in what is here of each file."""
+
+
+class Extent(_Frozen):
+    """What a slice gives to a shard of a stream."""
+
+    start: int
+    """Of its first token within the shard."""
+    num_tokens: int
+    num_bytes: int
+    """Of text."""
+    num_documents: int
+
+
+class SliceDone(Tallied):
+    """A slice of a source file, and what became of it. The tallies are kept for streams alone."""
+
+    uri: str
+    path: str
+    etag: str
+    size_bytes: int
+    """Of the whole file."""
+    number: int = 0
+    of: int = 1
+    splits: dict[SplitName, Extent] = {}
+    """Of a stream; rows may hold what came from several files."""
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int]:
+        """As :func:`slice_key`."""
+        return self.path, self.etag, self.size_bytes, self.number, self.of
+
+
+class Part(Tallied):
+    """What became of one part, as ``parts/00012.json`` holds it. What it says follows from the source and the part's
+    number, so two tries at one part write the same."""
+
+    format: Literal["headway/dataset-part/1"]
+    key: str
+    """As :attr:`PartJob.key`."""
+    splits: dict[SplitName, SplitPart]
+    slices: tuple[SliceDone, ...]
 
 
 class Tally:
-    """Counts, over one part, what becomes of its records."""
+    """Counts, over one part or one slice, what becomes of its records."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -116,55 +184,57 @@ class Tally:
             self._bad.append(BadRecord(path=file.path, line=line, reason=why.reason, detail=why.detail))
 
     def skip_file(self, file: SourceFile, why: str) -> None:
-        """Count a file that is left out as a whole."""
-        self.counts["skipped_unreadable_file"] += 1
+        """Name a file, or a slice of one, that is left out as a whole."""
         self._unreadable.append(BadFile(path=file.path, why=why))
 
-    def part(self, splits: dict[SplitName, SplitPart]) -> Part:
-        return Part(
-            splits=splits,
-            unreadable=tuple(self._unreadable),
-            counts=dict(sorted(self.counts.items())),
-            bad=tuple(self._bad),
-            num_bad=self._num_bad,
-            num_records=self.num_records,
-            lines=dict(self.lines),
-        )
+    def add(self, other: Tallied) -> None:
+        """Count what was tallied of what follows."""
+        for bad in other.bad[: _MAX_NAMED - len(self._bad)]:
+            self._bad.append(bad.model_copy(update={"line": self.lines[bad.path] + bad.line}))
+        self.counts.update(other.counts)
+        self.lines.update(other.lines)
+        self.num_records += other.num_records
+        self._unreadable += other.unreadable
+        self._num_bad += other.num_bad
+
+    def tallied(self) -> dict[str, Any]:
+        """The fields of a :class:`Tallied`."""
+        return {
+            "unreadable": tuple(self._unreadable),
+            "counts": {what: count for what, count in sorted(self.counts.items()) if count},
+            "bad": tuple(self._bad),
+            "num_bad": self._num_bad,
+            "num_records": self.num_records,
+            "lines": dict(self.lines),
+        }
 
 
-def cut(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Files in order, in parts of about a sixteenth of the source and at most 128 MiB."""
-    pieces = list(pieces)
-    limit = part_bytes(sum(piece.size_bytes for piece in pieces))
-    part: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        part.append(piece)
-        size += piece.size_bytes
-        if size >= limit:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+def part_of(
+    job: PartJob, splits: dict[SplitName, SplitPart], tally: Tally, slices: Iterable[SliceDone] | None = None
+) -> Part:
+    """What became of a job's part."""
+    return Part(
+        format="headway/dataset-part/1",
+        key=job.key,
+        splits=splits,
+        slices=tuple(slice_done(piece) for piece in job.slices) if slices is None else tuple(slices),
+        **tally.tallied(),
+    )
 
 
-def part_bytes(source_bytes: int) -> int:
-    """The size at which a part is full."""
-    return min(_MAX_PART_BYTES, max(_MIN_PART_BYTES, source_bytes // _PARTS))
-
-
-def slices_of(files: list[SourceFile], data: DataSpec) -> list[Slice]:
-    """The pieces that parts are made of: whole files, but JSON lines of records in slices of a part's size."""
-    limit = part_bytes(sum(file.size_bytes for file in files))
-    slices = []
-    for file in files:
-        of = 1 if data.kind == "stream" or is_parquet(file, data) else max(1, file.size_bytes // limit)
-        slices += [Slice(file=file, number=number, of=of) for number in range(of)]
-    return slices
-
-
-def is_parquet(file: SourceFile, data: DataSpec) -> bool:
-    return data.format == "parquet" or (data.format == "messages" and file.path.endswith(".parquet"))
+def slice_done(piece: Slice, splits: dict[SplitName, Extent] | None = None, tally: Tally | None = None) -> SliceDone:
+    """A slice with where it came from."""
+    file = piece.file
+    return SliceDone(
+        uri=file.uri,
+        path=file.path,
+        etag=file.etag,
+        size_bytes=file.size_bytes,
+        number=piece.number,
+        of=piece.of,
+        splits=splits or {},
+        **(tally.tallied() if tally is not None else {}),
+    )
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -174,15 +244,27 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def upload_shard(store: Store, prefix: str, file: str, entries: npt.NDArray[Any]) -> Shard | None:
+def stream_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """Of the tokens of a stream; rows are always of 32 bits."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def shard_name(split: SplitName, number: int) -> str:
+    return f"{split}-{number:05d}.bin"
+
+
+def upload_shard(store: Store, job: PartJob, split: SplitName, entries: npt.NDArray[Any]) -> Shard | None:
     """Write a part's share of a split; None where there is nothing of it."""
     if not len(entries):
         return None
-    shard, data = Shard.of(file, entries)
-    store.create(prefix + file, data)  # the same bytes are there already where an earlier try got this far
+    shard, data = Shard.of(shard_name(split, job.number), entries)
+    store.create(job.prefix + shard.file, data)  # the same bytes are there already where an earlier try got this far
     return shard
 
 
 def frequencies(targets: npt.NDArray[Any]) -> dict[int, int]:
-    values, counts = np.unique(targets, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+    counts = np.zeros(int(targets.max()) + 1 if len(targets) else 0, dtype=np.int64)
+    for start in range(0, len(targets), _COUNTED):
+        counts += np.bincount(targets[start : start + _COUNTED], minlength=len(counts))
+    (values,) = np.nonzero(counts)
+    return dict(zip(values.tolist(), counts[values].tolist(), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.spec import DataSpec
+from workloads.prepare.clean import clean, is_empty
 
 Conversation = list[dict[str, str]]
 """Messages, each a ``role`` and its ``content``."""
@@ -122,13 +123,34 @@ def labelled_of(record: object, data: DataSpec) -> LabelledText:
     if not isinstance(record, dict):
         raise Unusable("not_an_object")
     text, label = record.get(data.text_field), record.get(data.label_field or "")
-    if not isinstance(text, str) or not text.strip():
+    if isinstance(text, str) and data.clean:
+        text = clean(text)
+    if not isinstance(text, str) or is_empty(text):
         raise Unusable("no_text")
     if isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
         raise Unusable("no_label")
     _require_text(text)
     _require_text(str(label))
     return LabelledText(text=text, label=str(label), is_number=isinstance(label, int))
+
+
+def text_of(record: object, data: DataSpec) -> str | None:
+    """The text of a record of a stream; None where its field is null.
+
+    Raises:
+        Unusable: it has none.
+    """
+    if not isinstance(record, dict):
+        raise Unusable("not_an_object")
+    if data.text_field not in record:
+        raise Unusable("no_text", f"it has no field {data.text_field!r}")
+    text = record[data.text_field]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise Unusable("no_text", f"its field {data.text_field!r} holds {type(text).__name__}")
+    _require_text(text)
+    return text
 
 
 def _require_text(value: str) -> None:

@@ -7,28 +7,42 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.dataset.format import Tokenizer, TokenizerFile, is_held_out
+from orchestrator.dataset.format import DatasetManifest, Tokenizer, TokenizerFile, is_held_out
+from orchestrator.dataset.given import GivenTokenizer
 from orchestrator.dataset.rows import MAX_TOKENS
-from orchestrator.dataset.source import Slice, SourceFile
-from orchestrator.errors import SpecError
+from orchestrator.dataset.source import SourceFile
+from orchestrator.errors import NotFound, SpecError
 from orchestrator.spec import DataSpec
-from orchestrator.store import Store
-from workloads.prepare.documents import read_documents, read_records
+from orchestrator.store import Store, layout
+from workloads.prepare.cutting import slices_of
+from workloads.prepare.documents import NotInFormat, read_records, texts
 from workloads.prepare.records import Unusable, labelled_of
+
+if TYPE_CHECKING:
+    from workloads.tasks.base_context import BaseContext
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_SAMPLE_BYTES = 32 * 2**20
 FILE = "tokenizer.json"
+_loaded: dict[str, Any] = {}
+"""The newest in this process, by its digest."""
 
 
 def store_trained(data: DataSpec, files: list[SourceFile], store: Store, prefix: str, *, by_record: bool) -> Tokenizer:
-    """Train a tokenizer on the training split and keep it in the store."""
+    """Train a tokenizer on the training split and keep it in the store; one that an earlier try left there is taken.
+
+    No digest of that one is recorded before the manifest is. It stands under the fingerprint of all that it follows
+    from and was created in one piece, and each part is made with its digest from here on.
+    """
     import tokenizers
 
-    content = train_tokenizer(data, files, store, by_record=by_record)
-    store.create(prefix + FILE, content)
+    try:
+        content = store.get(prefix + FILE)
+    except NotFound:
+        content = train_tokenizer(data, files, store, by_record=by_record)
+        store.create(prefix + FILE, content)
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     return Tokenizer(
         file=FILE,
@@ -69,42 +83,54 @@ def _sample(data: DataSpec, files: list[SourceFile], store: Store, *, by_record:
     """Texts of the training split, from files in the order of a hash, until there are enough of them."""
     by_hash = sorted(files, key=lambda file: hashlib.sha256(file.path.encode("utf-8", "surrogatepass")).digest())
     if not by_record:
-        yield from _sample_files(
-            data, [file for file in by_hash if not is_held_out(file.path, data.eval_fraction)], store
-        )
-        return
+        by_hash = [file for file in by_hash if not is_held_out(file.path, data.eval_fraction)]
     total = 0
-    for file in by_hash:
-        for text in _texts(data, file, store):
-            if is_held_out(text, data.eval_fraction):
-                continue
-            yield text
-            total += len(text.encode())
-            if total >= TOKENIZER_SAMPLE_BYTES:
-                return
+    for text in _texts(data, by_hash, store):
+        if by_record and is_held_out(text, data.eval_fraction):
+            continue
+        yield text
+        total += len(text.encode())
+        if total >= TOKENIZER_SAMPLE_BYTES:
+            return
 
 
-def _sample_files(data: DataSpec, by_hash: list[SourceFile], store: Store) -> Iterator[str]:
-    sample: list[SourceFile] = []
-    total = 0
-    for file in by_hash:
-        if sample and total + file.size_bytes > TOKENIZER_SAMPLE_BYTES:
-            break
-        sample.append(file)
-        total += file.size_bytes
-    for _, documents in read_documents(data, sample, store):
-        yield from documents
-
-
-def _texts(data: DataSpec, file: SourceFile, store: Store) -> Iterator[str]:
+def _texts(data: DataSpec, files: list[SourceFile], store: Store) -> Iterator[str]:
+    """The source's texts; what is none is counted where it is tokenized."""
+    slices = slices_of(files, data)
     if data.kind == "stream":
-        for _, documents in read_documents(data, [file], store):
-            yield from documents
+        for _, _, documents in texts(data, slices, store):
+            with contextlib.suppress(NotInFormat):
+                yield from documents
         return
-    for _, records in read_records(data, [Slice(file=file)], store, fields=[data.text_field, data.label_field or ""]):
+    fields = [data.text_field, data.label_field or ""]
+    for _, records in read_records(data, slices, store, fields=fields, bad=lambda _file, _why: None):
         for _, record in records:
-            with contextlib.suppress(Unusable):  # counted where it is tokenized
+            with contextlib.suppress(Unusable):
                 yield labelled_of(record, data).text
+
+
+def store_given(given: GivenTokenizer, store: Store, prefix: str) -> Tokenizer:
+    """Keep the tokenizer that the run file gives in the store.
+
+    Raises:
+        SpecError: it is no tokenizer.json that ``tokenizers`` loads.
+    """
+    import tokenizers
+
+    try:
+        loaded = tokenizers.Tokenizer.from_str(given.content.decode())
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise SpecError(
+            f"data.tokenizer: {given.uri} cannot be loaded: {e}.",
+            next_step="Save it again with the version of tokenizers that Headway has.",
+        ) from e
+    store.create(prefix + FILE, given.content)
+    return Tokenizer(
+        file=FILE,
+        vocab_size=max(given.vocab_size, loaded.get_vocab_size()),
+        end_of_text_id=given.end_of_text_id,
+        **_digest(given.content).model_dump(),
+    )
 
 
 def store_pretrained(
@@ -136,12 +162,46 @@ def store_pretrained(
     )
 
 
+def require_vocabulary_of(base: BaseContext, dataset: DatasetManifest, store: Store) -> None:
+    """Refuse a dataset whose ids mean other tokens to the pretrained model.
+
+    Raises:
+        SpecError: its tokenizer has another vocabulary than the model's. IntegrityError: it is damaged.
+    """
+    theirs = backend_of(dataset.tokenizer, layout.dataset(dataset.name, dataset.fingerprint), store).get_vocab()
+    ours = _load_pretrained(base.directory, base.trust_remote_code).get_vocab()
+    if theirs != ours:
+        token = min(set(theirs.items()) ^ set(ours.items()), key=lambda item: (item[1], item[0]))[0]
+        raise SpecError(
+            f"data.dataset: {dataset.name}@{dataset.fingerprint} was prepared with another tokenizer than that of "
+            f"{base.manifest.uri}: {token!r} is {theirs.get(token, 'no token')} there and "
+            f"{ours.get(token, 'no token')} here.",
+            next_step="Give data.train, the source, so that it is prepared with the pretrained model's tokenizer.",
+        )
+
+
 def load_tokenizer(directory: Path) -> Any:
     """A dataset's tokenizer as a transformers one, whatever class the model's config would name."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     return transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def backend_of(tokenizer: Tokenizer, prefix: str, store: Store) -> Any:
+    """A dataset's tokenizer.json as :func:`load_backend` gives it, loaded once a process: that takes longer than some
+    small parts do.
+
+    Raises:
+        IntegrityError: it is not what was recorded.
+    """
+    backend = _loaded.get(tokenizer.sha256)
+    if backend is None:
+        content = store.get_verified(prefix + tokenizer.file, sha256=tokenizer.sha256, size_bytes=tokenizer.size_bytes)
+        backend = load_backend(content)
+        _loaded.clear()
+        _loaded[tokenizer.sha256] = backend
+    return backend
 
 
 def load_backend(content: bytes) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from orchestrator.dataset.format import DatasetManifest
 from orchestrator.errors import SpecError
@@ -53,7 +54,7 @@ def task_of(spec: RunSpec, dataset: DatasetManifest, base: BaseContext | None = 
         base: the pretrained model, where the run starts from one.
 
     Raises:
-        SpecError: the task takes no samples of the dataset's kind, or the dataset has another tokenizer than the base.
+        SpecError: the task takes no samples of the dataset's kind, or its tokenizer is not one for the model.
     """
     tokenizer = dataset.tokenizer
     context = TaskContext(
@@ -71,6 +72,8 @@ def task_of(spec: RunSpec, dataset: DatasetManifest, base: BaseContext | None = 
     require_kind(spec, task, dataset.kind)
     if base is not None:
         _require_tokenizer_of(base, dataset)
+    else:
+        _require_embeddings(spec.model.architecture or {}, dataset)
     return task
 
 
@@ -125,4 +128,14 @@ def _require_tokenizer_of(base: BaseContext, dataset: DatasetManifest) -> None:
             f"data.dataset: {dataset.name}@{dataset.fingerprint} was prepared with a tokenizer of its own, whose ids "
             f"mean nothing to {base.manifest.uri}.",
             next_step="Give data.train, the source, so that it is prepared with the pretrained model's tokenizer.",
+        )
+
+
+def _require_embeddings(architecture: dict[str, Any], dataset: DatasetManifest) -> None:
+    rows, wanted = architecture.get("vocab_size"), dataset.tokenizer.vocab_size
+    if isinstance(rows, int) and rows < wanted:
+        raise SpecError(
+            f"model.architecture.vocab_size: {rows} is below the {wanted} tokens of the tokenizer that "
+            f"{dataset.name}@{dataset.fingerprint} was prepared with.",
+            next_step="Leave vocab_size out, which follows the tokenizer then, or set at least as many.",
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from orchestrator.errors import TargetError
 from orchestrator.package import Package
 from orchestrator.record.logs import LogReader
-from orchestrator.render import AttemptRequest, RayJobRequest, ray_job
+from orchestrator.render import RayJobRequest, RequestedJob, ray_job
 from orchestrator.render.pods import JOB_LABEL, RUN_LABEL, STORE
 from orchestrator.render.ray_job import num_pods
 from orchestrator.spec import ResourcesSpec
@@ -47,8 +47,8 @@ class KubernetesTarget:
     def capacity(self, resources: ResourcesSpec) -> Capacity:
         return stated_capacity(self.settings, resources)
 
-    def render(self, attempt: AttemptRequest) -> RayJobRequest:
-        return ray_job(attempt, self.settings)
+    def render(self, job: RequestedJob) -> RayJobRequest:
+        return ray_job(job, self.settings)
 
     def submit(self, request: RayJobRequest, package: Package | None = None) -> Submission:
         """Put the working directory into the store, then create the RayJob. Submitting an id twice is safe."""

@@ -27,6 +27,7 @@ from tests.command_line import BIN, Said, environment, finish, headway, in_proce
 
 COMMANDS = ["demo", "up", "down", "doctor", "init", "schema", "plan", "run", "submit", "status", "logs", "stop"]
 COMMANDS += ["list", "show", "report", "serve", "promote", "retrain", "rollback", "verify", "export", "dashboard"]
+COMMANDS += ["prepare"]
 HEAVY = ("ray", "torch", "deepspeed", "transformers")
 HELP_LIMIT_S, PLAN_LIMIT_S = 0.3, 0.6
 MAX_OF_LIBRARIES = 1.7
@@ -89,6 +90,7 @@ def test_version(run: Cli) -> None:
         (["up", "--s3-port"], ["--s3-port"]),
         (["list", "pods"], ["'pods'", "runs, models, datasets, checkpoints"]),
         (["list", "checkpoints"], ["needs a run"]),
+        (["prepare", "run.yaml", "--here", "--stop"], ["--detach, --stop and --here", "takes one"]),
         (["plan", "run.yaml", "--target", "nomad"], ["--target 'nomad'", "http://", "kubernetes:PATH"]),
         (["plan", "run.yaml", "--target", "kubernetes"], ["target settings at target.yaml", "target.example.yaml"]),
         (["plan", "run.yaml", "--target", "kubernetes:a.yaml"], ["target settings at a.yaml"]),
@@ -118,7 +120,7 @@ def test_wrong_usage(run: Cli, tmp_path: Path, arguments: list[str], words: list
         (STARTER.replace("min: 1, max: 2", "min: 3, max: 2"), ["resources.workers", "min 3 is above max 2"]),
     ],
 )
-@pytest.mark.parametrize("command", ["plan", "submit"])
+@pytest.mark.parametrize("command", ["plan", "submit", "prepare"])
 def test_a_bad_run_file(run: Cli, tmp_path: Path, command: str, text: str | None, words: list[str]) -> None:
     if text is not None:
         assert text != STARTER
@@ -128,8 +130,25 @@ def test_a_bad_run_file(run: Cli, tmp_path: Path, command: str, text: str | None
 
 def test_a_path_of_this_machine_is_not_sent_elsewhere(run: Cli, tmp_path: Path) -> None:
     write_run_file(tmp_path)
-    said = run("submit", "run.yaml", "--target", "http://127.0.0.1:1")
-    said.assert_refused(2, "data.train", "data/**/*.txt").assert_next_step("s3://")
+    for command in ("submit", "prepare"):
+        said = run(command, "run.yaml", "--target", "http://127.0.0.1:1")
+        said.assert_refused(2, "data.train", "data/**/*.txt").assert_next_step("s3://")
+
+
+@pytest.mark.parametrize(("tokenizer", "refused"), [("/here/tokenizer.json", True), ("tokenizer.json", False)])
+def test_a_tokenizer_is_sent_with_the_working_directory_or_not_at_all(
+    run: Cli, tmp_path: Path, tokenizer: str, refused: bool
+) -> None:
+    write_run_file(tmp_path, data={"train": "s3://corpus/**", "tokenizer": tokenizer})
+    said = run("prepare", "run.yaml", "--target", "http://127.0.0.1:1")
+    assert said.code == 2
+    assert ("data.tokenizer '/here/tokenizer.json' is a path of this machine" in said.err) == refused
+
+
+def test_what_is_prepared_already_is_not_prepared(run: Cli, tmp_path: Path) -> None:
+    write_run_file(tmp_path, data={"dataset": "code@0123456789abcdef"})
+    said = run("prepare", "run.yaml", "--json")
+    said.assert_refused(2, "data.dataset 'code@0123456789abcdef' is prepared already").assert_next_step("data.train")
 
 
 def test_init_writes_once(run: Cli, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_what_is_not_there_is_said(filled: MemoryStore, name: str, words: str, n
         ("s3://b/p/runs/r-1/checkpoints/step-00000000", "s3://b/p", "r-1@0"),
         ("s3://b/p/runs/r-1/checkpoints/step-00000004/00001-00002-ab/", "s3://b/p", "r-1@4/00001-00002-ab"),
         ("s3://b/p/models/lm/versions/00003/", "s3://b/p", "lm@3"),
+        ("s3://b/p/datasets/text/0123456789abcdef/", "s3://b/p", "text@0123456789abcdef"),
     ],
 )
 def test_an_address_says_where_and_what(monkeypatch: pytest.MonkeyPatch, address: str, root: str, name: str) -> None:
@@ -83,5 +84,5 @@ def test_an_address_says_where_and_what(monkeypatch: pytest.MonkeyPatch, address
 
 @pytest.mark.parametrize("address", ["s3://b/p", "s3://b/runs/", "s3://b/models/lm", "s3://b/datasets/x/y", "s3://"])
 def test_an_address_of_something_else_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match="is the address of no checkpoint and of no version"):
+    with pytest.raises(UsageError, match="is the address of no checkpoint, of no version and of no dataset"):
         locate(address, "s3://other/place")

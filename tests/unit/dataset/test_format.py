@@ -18,7 +18,7 @@ from tests.unit.fakes import MemoryStore
 
 LISTING = [("a.py", "etag-1", 10), ("b/c.py", "etag-2", 20)]
 DATA = DataSpec(train="s3://bucket/**/*.py")
-FINGERPRINT = "7382e535f290dea7"
+FINGERPRINT = "57533d42ffb0c92e"
 
 
 def manifest(**fields: object) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def test_a_fingerprint_is_stable() -> None:
         {"format": "jsonl"},
         {"vocab_size": 5000},
         {"eval_fraction": 0.1},
+        {"clean": False},
     ],
 )
 def test_a_fingerprint_follows_what_shapes_the_tokens(other: dict[str, Any]) -> None:
@@ -74,6 +75,7 @@ def test_a_fingerprint_follows_the_files(listing: list[tuple[str, str, int]]) ->
 def test_a_fingerprint_ignores_what_does_not_shape_the_tokens() -> None:
     assert fingerprint(DataSpec(train="/moved/**", sequence_length=64), LISTING) == FINGERPRINT
     assert fingerprint(DataSpec(train=DATA.train, text_field="body"), LISTING) == FINGERPRINT
+    assert fingerprint(DataSpec(train=DATA.train, max_bad_records=0.5), LISTING) == FINGERPRINT
     jsonl = DataSpec(train=DATA.train, format="jsonl")
     assert fingerprint(jsonl, LISTING) != fingerprint(jsonl.model_copy(update={"text_field": "body"}), LISTING)
 

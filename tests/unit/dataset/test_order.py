@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dataset.order import BLOCK_TOKENS, WINDOW_BLOCKS, SampleOrder
+from orchestrator.dataset.order import BLOCK_TOKENS, MAX_STREAMS, OPEN_BLOCKS, SampleOrder
 from orchestrator.plan import split_batch
 
 SIZES = st.integers(1, 3000)
@@ -84,18 +84,18 @@ def test_the_ranks_together_compute_the_global_batch(
 @given(blocks=st.integers(4, 2500), batch_size=st.sampled_from([8, 32, 96]), step=st.integers(0, 1000))
 def test_a_rank_needs_few_places_at_a_time(blocks: int, batch_size: int, step: int) -> None:
     """The rows of one stream come out of one window of blocks, or of two where one ends and the next begins."""
-    num_samples = 256 * 16 * blocks  # whole blocks, and as many for each stream
+    num_samples = 256 * MAX_STREAMS * blocks  # whole blocks, and as many for each stream
     samples = order(num_samples, batch_size, length=BLOCK_TOKENS // 256)
     assert samples.block_samples == 256
     step %= num_samples // batch_size - 40
     found = samples.batches(range(step, step + 40), range(batch_size // samples.num_streams))
-    assert len(set((found // 256).ravel().tolist())) <= 2 * WINDOW_BLOCKS
+    assert len(set((found // 256).ravel().tolist())) <= 2 * OPEN_BLOCKS // samples.num_streams
 
 
 def test_where_blocks_are_not_whole_few_samples_come_from_elsewhere() -> None:
     samples = order(10**6 + 77, 32, length=BLOCK_TOKENS // 256)
-    found = samples.batches(range(1000, 1040), range(2))
-    assert len(set((found // 256).ravel().tolist())) <= 2 * WINDOW_BLOCKS + 2
+    found = samples.batches(range(1000, 1040), range(1))
+    assert len(set((found // 256).ravel().tolist())) <= 2 * OPEN_BLOCKS // samples.num_streams + 2
 
 
 def test_it_differs_by_epoch_seed_and_fingerprint() -> None:
@@ -160,8 +160,8 @@ def test_the_order_of_a_run_never_changes() -> None:
 def by_the_page(samples: SampleOrder, position: int, epoch: int) -> int:
     """The sample at a position, computed one step after the other as docs/sample-order.md says."""
     num, batch, length = samples.num_samples, samples.global_batch_size, samples.sequence_length
-    streams = max(power for power in (1, 2, 4, 8, 16) if batch % power == 0)
-    block = max(1, min(2**23 // length, num // (4 * streams)))
+    streams = max(power for power in (1, 2, 4, 8, 16, 32, 64) if batch % power == 0)
+    block = max(1, min(2**22 // length, num // (4 * streams)))
     stream_blocks = math.ceil(math.ceil(Fraction(num, block)) / Fraction(streams))
     digest = hashlib.sha512(f"{samples.fingerprint}/{samples.seed}/{epoch}".encode()).digest()
     keys = [int.from_bytes(digest[8 * word : 8 * word + 8], "little") for word in range(8)]
@@ -185,9 +185,10 @@ def by_the_page(samples: SampleOrder, position: int, epoch: int) -> int:
 
     def place(at: int) -> int:
         nth, stream = divmod(at, streams)
-        window, within = divmod(nth, 16 * block)
+        window, within = divmod(nth, 64 // streams * block)
         own = [mix(key ^ mix(window * streams + stream)) for key in keys[:4]]
-        nth = window * 16 * block + permuted(within, own, min(16, stream_blocks - 16 * window) * block)
+        size = min(64 // streams, stream_blocks - 64 // streams * window) * block
+        nth = window * (64 // streams) * block + permuted(within, own, size)
         slot = nth // block * streams + stream
         return permuted(slot, keys[4:], streams * stream_blocks) * block + nth % block
 

@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 
 from orchestrator.dataset.format import Tokenizer, is_held_out
 from orchestrator.dataset.reader import TokenReader
-from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
+from orchestrator.dataset.source import Slice, SourceFile, list_source, source_fingerprint
 from orchestrator.errors import RunError
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
+from tests.unit.workloads.preparing import prepare_with
 from workloads.prepare import part_jobs, prepare_part, split_by_record
-from workloads.prepare.assemble import assemble, unigram_loss
-from workloads.prepare.documents import documents_of
-from workloads.prepare.parts import Part, PartJob, cut
+from workloads.prepare.assemble import Gathered, assemble, unigram_loss
+from workloads.prepare.clean import clean
+from workloads.prepare.committed import PartDone
+from workloads.prepare.documents import NotInFormat, texts
+from workloads.prepare.parts import Part, PartJob, Tallied, Tally
+from workloads.prepare.records import REASONS
 from workloads.prepare.vocabulary import END_OF_TEXT, store_trained
-
-MIB = 2**20
 
 
 def data(**fields: Any) -> DataSpec:
@@ -36,22 +38,6 @@ def source_file(number: int, size_bytes: int) -> SourceFile:
     return SourceFile(uri=f"s3://corpus/{number:04d}", path=f"{number:04d}", etag="e", size_bytes=size_bytes)
 
 
-# -- cut
-
-
-@given(sizes=st.lists(st.integers(1, 40 * MIB), max_size=60))
-def test_a_cut_keeps_every_file_in_order(sizes: list[int]) -> None:
-    files = [source_file(number, size) for number, size in enumerate(sizes)]
-    parts = list(cut(files))
-    assert [file for part in parts for file in part] == files
-    assert all(parts)
-    limit = min(128 * MIB, max(MIB, sum(sizes) // 16))
-    for part in parts:
-        assert sum(file.size_bytes for file in part[:-1]) < limit
-    assert len(parts) <= 17 or sum(sizes) > 16 * 128 * MIB
-    assert list(cut(files)) == parts
-
-
 # -- documents
 
 
@@ -60,24 +46,69 @@ def parquet(**columns: list[Any]) -> bytes:
     import pyarrow.parquet
 
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, row_group_size=7)
     return out.getvalue()
 
 
+def documents_of(content: bytes, spec: DataSpec, *, of: int = 1) -> tuple[list[str], list[str]]:
+    """The documents of one file in so many slices, and what is said of what is none."""
+    store = MemoryStore()
+    store.at("corpus").upload("file", content)
+    (file,) = list_source("s3://corpus/file", store) if content else [source_file(0, 0)]
+    found: list[str] = []
+    total = Tally()
+    for _, tally, documents in texts(spec, [Slice(file=file, number=number, of=of) for number in range(of)], store):
+        found += documents
+        total.add(Tallied(**tally.tallied()))
+    bad = [f"{bad.line} {bad.reason}{bad.detail and ': '}{bad.detail}" for bad in total.tallied()["bad"]]
+    return found, bad
+
+
 def test_text_is_one_document() -> None:
-    assert list(documents_of("naïve\n\ncafé 🙂\r\n".encode(), data())) == ["naïve\n\ncafé 🙂\r\n"]
+    assert documents_of("naïve\n\ncafé 🙂\r\n".encode(), data(clean=False)) == (["naïve\n\ncafé 🙂\r\n"], [])
 
 
-def test_jsonl_is_a_document_a_line() -> None:
-    texts = ["one", "two\nlines", "separators \u2028 \u2029 \x85 \x0b stay", ""]
-    lines = "\r\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in texts) + "\n\n"
-    assert list(documents_of(lines.encode(), data(format="jsonl"))) == texts
-    assert list(documents_of(b'{"body": "x"}', data(format="jsonl", text_field="body"))) == ["x"]
+TEXTS = ["one", "two\nlines", "separators \u2028 \u2029 \x85 \x0c stay", *[f"text {number}" for number in range(40)]]
 
 
-def test_parquet_is_a_document_a_row() -> None:
-    content = parquet(text=["one", None, "zwei ü"], other=[1, 2, 3])
-    assert list(documents_of(content, data(format="parquet"))) == ["one", "zwei ü"]
+@pytest.mark.parametrize("of", [1, 3])
+def test_jsonl_is_a_document_a_line(of: int) -> None:
+    lines = "\r\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in TEXTS) + "\n\n"
+    assert documents_of(lines.encode(), data(format="jsonl"), of=of) == (TEXTS, [])
+    assert documents_of(b'{"body": "x"}', data(format="jsonl", text_field="body")) == (["x"], [])
+
+
+@pytest.mark.parametrize("of", [1, 3, 20])
+def test_parquet_is_a_document_a_row(of: int) -> None:
+    content = parquet(text=[*TEXTS, None], other=[1] * (len(TEXTS) + 1))
+    assert documents_of(content, data(format="parquet"), of=of) == (TEXTS, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"not json", "not_json: Expecting value in column 1"),
+        (b'{"text": "cut', "not_json: Unterminated string starting at in column 10"),
+        (b'{"other": "field"}', "no_text: it has no field 'text'"),
+        (b'{"text": 5}', "no_text: its field 'text' holds int"),
+        (b'["text"]', "not_an_object"),
+        (b"7", "not_an_object"),
+        (b'{"text": "half a pair \\ud800"}', "not_text"),
+        (b"[" * 100_000, "not_json: it is nested too deeply"),
+        (b"\xff", "not_utf8"),
+    ],
+)
+def test_a_bad_line_is_counted_and_those_around_it_stay(line: bytes, why: str) -> None:
+    content = b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n'
+    assert documents_of(content, data(format="jsonl")) == (["one", "two"], [f"3 {why}"])
+    for of in (2, 3):
+        assert documents_of(content, data(format="jsonl"), of=of) == (["one", "two"], [f"3 {why}"])
+
+
+def test_a_bad_row_is_counted() -> None:
+    content = parquet(text=[1, 2])
+    bad = ["1 no_text: its field 'text' holds int", "2 no_text: its field 'text' holds int"]
+    assert documents_of(content, data(format="parquet")) == ([], bad)
 
 
 PARQUET = parquet(text=["one", "two"])
@@ -87,28 +118,70 @@ PARQUET = parquet(text=["one", "two"])
     ("format_", "content"),
     [
         ("text", b"\xff\xfe binary"),
-        ("jsonl", b"not json"),
-        ("jsonl", b'{"text": "ok"}\n{"text": "cut'),
-        ("jsonl", b'{"other": "field"}'),
-        ("jsonl", b'{"text": 5}'),
-        ("jsonl", b'{"text": null}'),
-        ("jsonl", b'["text"]'),
-        ("jsonl", b"7"),
-        ("jsonl", b'{"text": "half a pair \\ud800"}'),
-        ("jsonl", b"[" * 100_000),
-        ("jsonl", b"\xff"),
         ("parquet", b""),
         ("parquet", b"PAR1 nothing PAR1"),
         ("parquet", PARQUET[:-1]),
         ("parquet", PARQUET[:20]),
         ("parquet", PARQUET[:-8] + b"\xff\xff\xff\x7fPAR1"),
         ("parquet", parquet(other=["x"])),
-        ("parquet", parquet(text=[1, 2])),
     ],
 )
 def test_what_is_not_in_the_format_is_told(format_: Any, content: bytes) -> None:
-    with pytest.raises((ValueError, KeyError, TypeError, RecursionError)):
-        list(documents_of(content, data(format=format_)))
+    with pytest.raises(NotInFormat):
+        documents_of(content, data(format=format_))
+
+
+# -- cleaning
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\ufeffone", "one"),
+        ("a\r\nb\rc\nd", "a\nb\nc\nd"),
+        ("a\0b\x1b[1m\tc\x0c\x0bd\x1f", "ab[1m\tc\x0cd"),
+        ("naïve \ufeff 🙂 \x7f\x85", "naïve \ufeff 🙂 \x7f\x85"),
+    ],
+)
+def test_what_is_cleaned(text: str, expected: str) -> None:
+    assert clean(text) == expected
+    assert documents_of(text.encode(), data()) == ([expected], [])
+    assert documents_of(text.encode(), data(clean=False)) == ([text], [])
+
+
+@given(st.text())
+def test_what_is_clean_stays(text: str) -> None:
+    once = clean(text)
+    assert clean(once) in (once, once.removeprefix("\ufeff"))
+    assert not set(once) & {chr(code) for code in range(32)} - set("\n\t\f")
+
+
+def test_a_text_of_nothing_is_left_out_and_counted(corpus: MemoryStore) -> None:
+    corpus.at("corpus").upload("blank.py", b"\xef\xbb\xbf \r\n\0\n")
+    manifest, _, _ = prepared(corpus, data())
+    assert manifest.counts == {"skipped_empty": 1}
+    assert manifest.source["num_skipped"] == 0
+
+
+# -- source trees
+
+
+def test_a_source_tree_is_without_what_does_not_belong_to_it(corpus: MemoryStore) -> None:
+    place = corpus.at("corpus")
+    before = source_fingerprint(data(format="source"), list_source("s3://corpus/**", corpus, tree=True))
+    for name in (".git/config", "node_modules/x/a.js", "pkg/__pycache__/a.pyc", ".env"):
+        place.upload(name, b"x = 1")
+    place.upload("large.py", b"x" * (2**20 + 1))
+    files = list_source("s3://corpus/**", corpus, tree=True)
+    assert source_fingerprint(data(format="source"), files) == before
+    place.upload("image.png", b"\x89PNG\0\0")
+    place.upload("latin.py", b"caf\xe9")
+    manifest = prepare_with(corpus, data(format="source"))
+    assert manifest.counts == {
+        "left_out_hidden": 2, "left_out_dependency": 2, "left_out_too_large": 1, "left_out_binary": 2,
+    }  # fmt: skip
+    assert manifest.train.num_files + manifest.eval.num_files == 20
+    assert manifest.source["num_files"] == 22
 
 
 # -- a part
@@ -132,8 +205,10 @@ def prepared(store: MemoryStore, spec: DataSpec, *, num_parts: int = 2, prefix: 
         job_of(files[number * size : (number + 1) * size], spec, store, tokenizer, prefix, number, by_record=by_record)
         for number in range(num_parts)
     ]
-    parts = [prepare_part(job, store) for job in jobs]
-    manifest = assemble(spec, "code", source_fingerprint(spec, files), files, parts, tokenizer)
+    parts = Gathered(tokenizer.vocab_size)
+    for job in jobs:
+        parts.add(prepare_part(job, store))
+    manifest = assemble(spec, "code", source_fingerprint(spec, files), files, parts, tokenizer, by_record=by_record)
     tokens = {
         name: np.concatenate([np.frombuffer(store.get(prefix + shard.file), dtype="<u2") for shard in split.shards])
         for name, split in (("train", manifest.train), ("eval", manifest.eval))
@@ -193,7 +268,7 @@ def test_a_part_done_twice_is_the_same_part(corpus: MemoryStore) -> None:
     job = job_of(files, data(), corpus, tokenizer, "ds/", 0)
     first = prepare_part(job, corpus)
     assert prepare_part(job, corpus) == first
-    shard = first.splits["train"].shard
+    shard = first.part.splits["train"].shard
     assert shard is not None
     assert hashlib.sha256(corpus.get("ds/train-00000.bin")).hexdigest() == shard.pieces[0]
 
@@ -203,8 +278,11 @@ def test_a_jobs_and_a_parts_json_says_all_of_it(corpus: MemoryStore) -> None:
     tokenizer = store_trained(data(), files, corpus, "ds/", by_record=False)
     job = job_of(files, data(), corpus, tokenizer, "ds/", 0)
     assert PartJob.model_validate_json(job.model_dump_json()) == job
-    part = prepare_part(job, corpus)
-    assert Part.model_validate_json(part.model_dump_json()) == part
+    done = prepare_part(job, corpus)
+    assert PartDone.model_validate_json(done.model_dump_json()) == done
+    written = Part.model_validate_json(corpus.get("ds/parts/00000.json"))
+    assert written.model_copy(update={"slices": ()}) == done.part
+    assert [piece.path for piece in written.slices] == [file.path for file in files]
 
 
 @pytest.mark.parametrize("format_", ["jsonl", "parquet"])
@@ -236,30 +314,36 @@ def test_bad_files_are_counted_and_few_are_allowed(corpus: MemoryStore) -> None:
     assert "bad-0.py: it is not UTF-8; bad-1.py: it is not UTF-8." in caught.value.message
 
 
-def test_half_a_surrogate_pair_costs_one_file_and_not_the_run(memory_store: MemoryStore) -> None:
-    for number in range(20):
-        line = json.dumps({"text": f"text number {number} " * 10})
-        memory_store.at("corpus").upload(f"{number:04d}.jsonl", line.encode())
-    memory_store.at("corpus").upload("half.jsonl", b'{"text": "half a pair \\ud800"}')
-    manifest, _, _ = prepared(memory_store, data(format="jsonl"))
-    assert manifest.source["skipped"] == ["half.jsonl: line 1: it holds half a surrogate pair, which is no text"]
-
-
-@pytest.mark.parametrize(
-    ("line", "why"),
-    [
-        (b'{"text": "cut', "Unterminated string starting at in column 10"),
-        (b'{"body": "x"}', "it has no field 'text'"),
-        (b'{"text": 5}', "the text field holds int, not text"),
-        (b"[" * 100_000, "it is nested too deeply"),
-    ],
-)
-def test_a_broken_line_is_named_with_its_file(memory_store: MemoryStore, line: bytes, why: str) -> None:
-    memory_store.at("corpus").upload("all.jsonl", b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
+def test_bad_records_are_counted_and_named_and_few_are_allowed(memory_store: MemoryStore) -> None:
+    lines = [json.dumps({"text": f"text number {number} " * 10}).encode() for number in range(300)]
+    for number, bad in enumerate([b'{"text": "cut', b'{"body": "x"}', b'{"text": "half \\ud800"}']):
+        lines[100 * number + 50] = bad
+    memory_store.at("corpus").upload("all.jsonl", b"\n".join(lines))
     spec = data(format="jsonl")
-    with pytest.raises(RunError, match="the train split holds no text") as caught:
-        prepared(memory_store, spec, num_parts=1)
-    assert f"all.jsonl: line 3: {why}" in caught.value.message
+    manifest, _, _ = prepared(memory_store, spec, num_parts=1)
+    assert (manifest.source["num_records"], manifest.source["num_bad_records"]) == (300, 3)
+    assert manifest.source["bad_records"] == [
+        f"all.jsonl:51 {REASONS['not_json']}: Unterminated string starting at in column 10",
+        f"all.jsonl:151 {REASONS['no_text']}: it has no field 'text'",
+        f"all.jsonl:251 {REASONS['not_text']}",
+    ]
+    assert manifest.counts == {"skipped_no_text": 1, "skipped_not_json": 1, "skipped_not_text": 1}
+    with pytest.raises(RunError, match=r"3 of 300 records cannot be used \(at most 0.9% may be\)") as caught:
+        prepared(memory_store, data(format="jsonl", max_bad_records=0.009), num_parts=1, prefix="again/")
+    assert "all.jsonl:51 is not JSON" in caught.value.message
+
+
+def test_none_may_be_bad_where_that_is_asked(corpus: MemoryStore) -> None:
+    corpus.at("corpus").upload("bad-0.py", b"\xff\xff")
+    with pytest.raises(RunError, match="1 of 21 files"):
+        prepared(corpus, data(max_bad_records=0.0))
+
+
+def test_a_dataset_that_stands_is_held_to_the_limit_of_now(corpus: MemoryStore) -> None:
+    corpus.at("corpus").upload("bad-0.py", b"\xff\xff")
+    assert prepare_with(corpus, data()) == prepare_with(corpus, data())
+    with pytest.raises(RunError, match="1 of 21 files"):
+        prepare_with(corpus, data(max_bad_records=0.0))
 
 
 def test_a_split_without_files_is_refused(corpus: MemoryStore) -> None:

@@ -1,11 +1,11 @@
-"""Attempts and target settings for tests of what is rendered."""
+"""Attempts, preparations and target settings for tests of what is rendered."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from orchestrator.document import check
-from orchestrator.render import AttemptRequest
+from orchestrator.render import AttemptRequest, PrepareRequest
 from orchestrator.spec import ResourcesSpec
 from orchestrator.target_settings import TargetSettings
 
@@ -36,3 +36,16 @@ def attempt(resources: dict[str, Any] | None = None, **changes: Any) -> AttemptR
         "resources": ResourcesSpec.model_validate(resources or {}),
     }
     return AttemptRequest(**{**fields, **changes})
+
+
+def preparation(**changes: Any) -> PrepareRequest:
+    """The making of a dataset with fields replaced."""
+    fields: dict[str, Any] = {
+        "dataset": "code-lm",
+        "fingerprint": "0123456789abcdef",
+        "run_file": "run.yaml",
+        "version": "0.1.0",
+        "package_digest": DIGEST,
+        "store_uri": "s3://bucket/prefix",
+    }
+    return PrepareRequest(**{**fields, **changes})

@@ -1,4 +1,4 @@
-"""The RayJobs of three targets, whole, as files that a person has read. ``HEADWAY_UPDATE_GOLDEN=1`` writes them."""
+"""RayJobs, whole, as files that a person has read. ``HEADWAY_UPDATE_GOLDEN=1`` writes them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.render import AttemptRequest, ray_job
+from orchestrator.render import RequestedJob, ray_job
 from orchestrator.target_settings import TargetSettings
-from tests.unit.render.requests import attempt, settings
+from tests.unit.render.requests import attempt, preparation, settings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 EVERYTHING = settings(
@@ -74,6 +74,7 @@ CASES = {
             s3={"trainer_secret": None, "server_secret": None, "region": "us-east-1"},
         ),
     ),
+    "prepare": (preparation(), settings()),
 }
 
 
@@ -98,5 +99,5 @@ def test_there_is_no_file_that_no_test_reads() -> None:
     assert {path.name for path in GOLDEN.glob("rayjob-*")} == {f"rayjob-{name}.yaml" for name in CASES}
 
 
-def rendered(request: AttemptRequest, target: TargetSettings) -> dict[str, Any]:
+def rendered(request: RequestedJob, target: TargetSettings) -> dict[str, Any]:
     return ray_job(request, target).body()

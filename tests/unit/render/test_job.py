@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from orchestrator.document import NAME
-from orchestrator.render import job_request, submission_id
+from orchestrator.render import job_request, preparation_id, submission_id
 from orchestrator.spec import MAX_NAME
 from tests.unit.render.requests import DIGEST, attempt
 
@@ -75,6 +75,27 @@ def test_the_id_is_a_ray_jobs_name_up_to_attempt_9999(run_id: str, number: int) 
 @example(run_id=f"{'9' * MAX_NAME}-ffffffff", number=99, repeat=9)
 def test_so_is_a_repeats_up_to_the_9th_of_attempt_99(run_id: str, number: int, repeat: int) -> None:
     assert_ray_job_name(submission_id(run_id, number, repeat=repeat))
+
+
+fingerprints = st.from_regex("[0-9a-f]{16}", fullmatch=True)
+
+
+@given(name=names, fingerprint=fingerprints, repeat=st.integers(0, 9))
+@example(name="9" * MAX_NAME, fingerprint="f" * 16, repeat=9)
+def test_the_id_of_a_preparation_is_a_ray_jobs_name_too(name: str, fingerprint: str, repeat: int) -> None:
+    assert_ray_job_name(preparation_id(name, fingerprint, repeat=repeat))
+
+
+@given(
+    preparation=st.tuples(names, fingerprints, st.integers(0, 99)),
+    attempt=st.tuples(run_ids, st.integers(1, 999), st.integers(0, 99)),
+)
+@example(preparation=("a", "0000000100000000", 1), attempt=("data-a-00000001", 1, 0))
+@example(preparation=("a", "0000000100000000", 1), attempt=("data-a-00000001", 1, 1))
+def test_no_run_has_the_id_of_a_preparation(preparation: tuple[str, str, int], attempt: tuple[str, int, int]) -> None:
+    name, fingerprint, repeat = preparation
+    run_id, number, again = attempt
+    assert preparation_id(name, fingerprint, repeat=repeat) != submission_id(run_id, number, repeat=again)
 
 
 @given(
