@@ -67,8 +67,8 @@ def test_all_pieces_come_once_from_the_store(fetcher: Fetcher, server: Server) -
         futures = [fetcher.submit(piece(number)) for number in range(NUM_PIECES)]
         assert b"".join(future.result(10).tobytes() for future in futures) == DATA
     # Of eight pieces four are the same bytes as four others, and are fetched by whoever comes first.
-    assert server.num_asked == 4
     counts = fetcher.counts()
+    assert server.num_asked - counts.get("hedged", 0) == 4  # on a busy machine one may have had a rival
     assert counts["fetched_pieces"] == 4
     assert counts["fetched_bytes"] == 4 * SIZE
     assert counts["cached_pieces"] == 12
@@ -186,7 +186,7 @@ def _fetch_all(folder: Path, asked: object, start: threading.Barrier) -> None:
     for number in range(4):
         assert fetcher.submit(piece(number)).result(10).tobytes() == DATA[number * SIZE : (number + 1) * SIZE]
     with asked.get_lock():  # type: ignore[attr-defined]
-        asked.value += server.num_asked  # type: ignore[attr-defined]
+        asked.value += server.num_asked - fetcher.counts().get("hedged", 0)  # type: ignore[attr-defined]
     fetcher.close()
 
 
