@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from orchestrator.dataset.ahead import ReadAhead
 from orchestrator.dataset.format import DatasetManifest, find_dataset
 from orchestrator.dataset.order import SampleOrder
 from orchestrator.dataset.reader import TokenReader, require_samples
+from orchestrator.dataset.rows import Rows
 from orchestrator.errors import UsageError
 from orchestrator.store.s3 import Store, open_store
 
 STATE_FORMAT = "headway/data-state/1"
 _SPLITS = ("train", "eval")
+_WORKS_S = 0.005  # between two batches: a caller who takes longer does something with them
 
 
 class TokenDataset(IterableDataset[dict[str, torch.Tensor]]):  # type: ignore[misc, unused-ignore]
@@ -106,14 +110,27 @@ class TokenDataset(IterableDataset[dict[str, torch.Tensor]]):  # type: ignore[mi
         ahead = ReadAhead(reader, order, self.rows, num_steps=self.num_steps, every=every)
         # A worker's own state counts its own steps, and a loader that keeps it (torchdata's) loads it into the worker.
         step = self._step + (first - self._step) % every if worker is not None else self._step
+        pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        following: Future[Rows] | None = None
+        works = False
+
+        def build(step: int) -> Rows:
+            return reader.rows(ahead.take(step), allocate=self._allocate)
+
         try:
             while self.num_steps is None or step < self.num_steps:
-                # Put together here and not on a thread: that takes less time than handing it over would.
-                rows = reader.rows(ahead.take(step), allocate=self._allocate)
+                rows = build(step) if following is None else following.result()
                 step += every
                 self._step = step
+                has_more = self.num_steps is None or step < self.num_steps
+                # On a thread where the caller works between batches; for one that only takes them, the handing over of
+                # Python's lock would cost more than a batch does.
+                following = pool.submit(build, step) if works and has_more else None
+                given_s = time.perf_counter()
                 yield {name: torch.from_numpy(array) for name, array in rows.items()}
+                works = time.perf_counter() - given_s > _WORKS_S
         finally:
+            pool.shutdown(cancel_futures=True)
             reader.close()
 
     def state_dict(self) -> dict[str, Any]:

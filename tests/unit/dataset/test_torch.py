@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_pinned_or_not_a_batch_is_its_own(store: MemoryStore, cache: Path) -> No
     kept = first["tokens"].clone()
     second["tokens"].zero_()
     assert torch.equal(first["tokens"], kept)
+
+
+def test_a_caller_who_works_between_batches_gets_the_same(store: MemoryStore, cache: Path) -> None:
+    """They are put together on a thread then, and here for a caller who only takes them."""
+    dataset = opened(store, cache, num_steps=8)
+    expected = [batch["tokens"].tolist() for batch in dataset]
+    dataset.load_state_dict({**dataset.state_dict(), "step": 0})
+    found = []
+    for batch in dataset:
+        found.append(batch["tokens"].tolist())
+        assert dataset.state_dict()["step"] == len(found)
+        threading.Event().wait(0.02 if len(found) % 4 else 0.0)
+    assert found == expected
 
 
 def test_steps_end_where_they_are_to_end(store: MemoryStore, cache: Path) -> None:
