@@ -64,6 +64,8 @@ class PieceCache:
                 next_step="Set HEADWAY_CACHE to a folder that can be written to.",
             ) from e
         self.num_evicted = 0
+        self.is_refused = False
+        """Whether the disk has not taken a piece."""
         self._added_bytes = 0
         self._verified: set[tuple[str, int, int]] = set()
         self._lock = threading.Lock()
@@ -99,15 +101,19 @@ class PieceCache:
         partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             path.parent.mkdir(exist_ok=True)
-            with partial.open("wb+", buffering=0) as file:
+            with partial.open("wb+") as file:
                 file.write(data)
+                file.flush()
                 mapped = mmap.mmap(file.fileno(), len(data), prot=mmap.PROT_READ)
                 found = os.fstat(file.fileno())
             partial.replace(path)
         except OSError as e:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            logger.warning("A piece of data is not kept in %s: %s.", self.folder, e.strerror or e)
+            with self._lock:
+                is_first, self.is_refused = not self.is_refused, True
+            if is_first:
+                logger.warning("Data is not kept in %s from here on: %s.", self.folder, e.strerror or e)
             return None
         self._verified.add((sha256, found.st_ino, found.st_mtime_ns))
         with self._lock:
@@ -135,7 +141,7 @@ class PieceCache:
 
     def evict(self) -> None:
         """Delete what was opened longest ago until the rest is within the limit, with some room for what comes."""
-        with (self.folder / _LOCKS / "evict").open("wb") as lock:
+        with contextlib.suppress(OSError), (self.folder / _LOCKS / "evict").open("wb") as lock:
             if not _locked(lock.fileno()):
                 return  # another process is at it
             files = sorted(self._files())
@@ -166,7 +172,8 @@ class PieceCache:
 
     def _discard(self, path: Path) -> None:
         logger.warning("%s is damaged on this disk; it is fetched anew.", path)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
     def _path(self, sha256: str) -> Path:
         return self.folder / sha256[:2] / f"{sha256}.bin"

@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -58,6 +58,11 @@ class Fetcher:
         """
         return self._workers.submit(self._get, piece)
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether pieces that it gives may be memory of this process, and no files."""
+        return self._cache.is_refused
+
     def counts(self) -> dict[str, int]:
         """What was done so far.
 
@@ -74,8 +79,6 @@ class Fetcher:
         self._requests.shutdown(wait=False, cancel_futures=True)
 
     def _get(self, piece: Piece) -> Bytes:
-        if not threading.main_thread().is_alive():
-            raise CancelledError  # the program has ended, and nobody waits for what is still queued
         found = self._cache.open(piece.sha256, piece.num_bytes)
         if found is not None:
             self._count(cached_pieces=1)

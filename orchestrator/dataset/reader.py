@@ -21,6 +21,7 @@ from orchestrator.errors import RunError
 from orchestrator.store.s3 import Store
 
 MAPPED_BYTES = 8 * 2**30
+MEMORY_BYTES = 2**30
 _READ_ON = 4  # pieces fetched behind one that is read in sequence
 
 I64 = npt.NDArray[np.int64]
@@ -40,7 +41,8 @@ class TokenReader:
     Args:
         cache: the node's folder of pieces; None is the one that all of the node share.
         mapped_bytes: of pieces that stay mapped into memory. They are pages of the node's file cache, which the kernel
-            takes back where memory is short; a piece that had to go is mapped again, and not fetched.
+            takes back where memory is short; a piece that had to go is mapped again, and not fetched. Where the disk
+            takes nothing more, pieces are memory of this process instead, at most :data:`MEMORY_BYTES` of them.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class TokenReader:
         self._stride = sequence_length if self._kind == "stream" else sequence_length + 1
         self._pieces = PieceMap(manifest, split)
         self._store, self._cache = store, PieceCache(cache)
-        self._max_held = max(2, mapped_bytes // manifest.piece_bytes)
+        self._max_mapped, self._max_in_memory = (
+            max(2, most // manifest.piece_bytes) for most in (mapped_bytes, min(mapped_bytes, MEMORY_BYTES))
+        )
         self._held: OrderedDict[int, Future[Bytes] | npt.NDArray[Any]] = OrderedDict()
         self._fetcher: Fetcher | None = None
         self._process = os.getpid()
@@ -156,7 +160,8 @@ class TokenReader:
             return 0
         piece = self._pieces[number]
         self._held[number] = fetcher.submit(piece)
-        if len(self._held) > self._max_held:
+        most = self._max_in_memory if fetcher.holds_memory else self._max_mapped
+        while len(self._held) > most:
             self._held.popitem(last=False)
         return piece.num_bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from orchestrator.dataset.cache import LIMIT_VARIABLE
 from orchestrator.dataset.format import DatasetManifest, Shard, Split
 from orchestrator.dataset.torch import TokenDataset
 from orchestrator.errors import IntegrityError, StoreError
 from orchestrator.store import Store, layout
-from tests.faults.conftest import HASTY, behind
+from tests.faults.conftest import HASTY, STEADY, behind
 from tests.faults.proxy import Fault, FaultProxy, Kind, random_fault
+from tests.small_disk import small_disk
 from tests.unit.dataset.test_format import manifest
 
 NAME, FINGERPRINT = "text", "0123456789abcdef"
@@ -71,9 +74,9 @@ def test_the_same_batches_come_through(store: Store, proxy: FaultProxy, tmp_path
 
 
 @pytest.mark.usefixtures("dataset")
-def test_the_same_batches_come_through_many_faults(
-    through: Store, store: Store, proxy: FaultProxy, tmp_path: Path
-) -> None:
+def test_the_same_batches_come_through_many_faults(store: Store, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Two in five requests fail; twelve in a row do so once in sixty thousand."""
+    through = behind(proxy, store, replace(STEADY, attempts=12))
     expected = batches(store, tmp_path / "direct")
     proxy.failing_share = 0.4
     assert batches(through, tmp_path / "through") == expected
@@ -92,6 +95,20 @@ def test_random_faults_never_give_wrong_batches(store: Store, proxy: FaultProxy,
         except (IntegrityError, StoreError):  # an error that says so is right as well
             ended += 1
     assert ended < 10
+
+
+@pytest.mark.usefixtures("dataset")
+def test_a_disk_that_fills_up_ends_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six of the sixteen pieces find room, and the next one finds room for half of it."""
+    expected = batches(store, tmp_path / "direct")
+    monkeypatch.setenv(LIMIT_VARIABLE, "1GiB")  # more than there is
+    (tmp_path / "small").mkdir()
+    with small_disk(tmp_path / "small", 26 * 4096):
+        assert batches(store, tmp_path / "small") == expected
+        assert list((tmp_path / "small").rglob("*.partial")) == []
+    assert sum("Data is not kept" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

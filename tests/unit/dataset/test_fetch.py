@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,6 +152,24 @@ def test_a_damaged_file_on_the_node_is_not_used(fetcher: Fetcher, cache: PieceCa
 def test_a_disk_that_takes_nothing_more_ends_nothing(fetcher: Fetcher, cache: PieceCache) -> None:
     (cache.folder / piece(0).sha256[:2]).write_text("a file where the folder should be")
     assert fetcher.submit(piece(0)).result(10).tobytes() == DATA[:SIZE]
+
+
+def test_a_program_that_ends_does_not_fetch_what_is_queued(tmp_path: Path) -> None:
+    """Four hundred pieces at a fifth of a second each, four at a time, would take twenty seconds."""
+    began_s = time.monotonic()
+    subprocess.run([sys.executable, "-c", f"from {__name__} import leave; leave({str(tmp_path)!r})"], check=True)
+    assert time.monotonic() - began_s < 15
+
+
+def leave(folder: str) -> None:
+    """Queue much, and come to the end of the program."""
+    server = Server()
+    server.answers = [lambda data: threading.Event().wait(0.2) or data] * 400
+    fetcher = Fetcher(server, PieceCache(Path(folder)), num_threads=4)
+    for number in range(400):
+        start = number % (len(DATA) - SIZE)
+        digest = hashlib.sha256(f"{number}".encode()).hexdigest()  # of nothing that is there
+        fetcher.submit(Piece(key="shard", start=start, num_bytes=SIZE, sha256=digest))
 
 
 def test_the_limit_holds_and_what_was_used_last_stays(tmp_path: Path) -> None:
