@@ -13,7 +13,7 @@ from orchestrator.store import Store
 from orchestrator.store.probe import require_conditional_writes
 from workloads.cluster import own_errors
 from workloads.fetch_base import as_ray_tasks, fetch_base
-from workloads.prepare import prepare
+from workloads.prepare import prepare_identified
 
 if TYPE_CHECKING:
     from workloads.tasks.base_context import BaseContext
@@ -39,13 +39,4 @@ def prepare_dataset(
             say("base …")
             base = base_context(spec, store, fetch_base(identity.base, store, run_all=as_ray_tasks).fingerprint)
         say("prepare …")
-        return prepare(
-            spec.data,
-            spec.name,
-            list(identity.files),
-            store,
-            base=base,
-            tokenizer_fingerprint=identity.base.tokenizer_fingerprint if identity.base is not None else "",
-            tokenizer=identity.tokenizer,
-            say=say,
-        )
+        return prepare_identified(spec, identity, store, base=base, say=say)

@@ -56,7 +56,7 @@ from workloads.fetch_base import fetch_base
 from workloads.in_run_evaluation import last_step
 from workloads.judge import Judge
 from workloads.notices import Notices, is_the_last
-from workloads.prepare import prepare
+from workloads.prepare import prepare_identified
 from workloads.prepare.vocabulary import require_vocabulary_of
 from workloads.pretrained_model import check as check_pretrained
 from workloads.release import release_version
@@ -194,16 +194,7 @@ class Pipeline:
             if self.base is not None:
                 require_vocabulary_of(self.base, self.identity.dataset, self.store)
             return self.identity.dataset
-        dataset = prepare(
-            self.spec.data,
-            self.spec.name,
-            list(self.identity.files),
-            self.store,
-            base=self.base,
-            tokenizer_fingerprint=self.identity.base.tokenizer_fingerprint if self.identity.base is not None else "",
-            tokenizer=self.identity.tokenizer,
-            say=self.say,
-        )
+        dataset = prepare_identified(self.spec, self.identity, self.store, base=self.base, say=self.say)
         self.events.append("dataset", fingerprint=dataset.fingerprint, counts=dataset.counts)
         return dataset
 

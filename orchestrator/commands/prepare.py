@@ -12,7 +12,7 @@ from orchestrator import __version__
 from orchestrator.commands.context import find_store, find_target
 from orchestrator.commands.follow_job import follow
 from orchestrator.commands.list_datasets import size_of
-from orchestrator.commands.request import relative_to
+from orchestrator.commands.request import hand_over, relative_to
 from orchestrator.commands.submit import check_sendable
 from orchestrator.commands.text import cell
 from orchestrator.dataset.format import DatasetManifest, read_manifest
@@ -152,11 +152,7 @@ def send(
         reporter.say(f"{wanted.reference} is being made by {job}; attached.")
         return Sent(submission_id=job, attached=True)
     request, packed = build_request(spec, run_file, store, target, wanted=wanted, directory=directory, repeat=repeat)
-    for skipped in packed.skipped:
-        reporter.say(f"not sent: {skipped}")
-    submission = target.submit(request, packed)
-    verb = "submitted" if submission.created else "was submitted by another just now; attached"
-    reporter.say(f"{wanted.reference} {verb} as {submission.submission_id}")
+    submission = hand_over(wanted.reference, request, packed, target, reporter)
     return Sent(submission_id=submission.submission_id, attached=not submission.created)
 
 

@@ -10,11 +10,12 @@ from orchestrator import __version__
 from orchestrator.errors import SpecError
 from orchestrator.package import Package, package
 from orchestrator.render import AttemptRequest, submission_id
+from orchestrator.reporter import Reporter
 from orchestrator.runs import RunIdentity, identify
 from orchestrator.spec import RunSpec
 from orchestrator.store import Store
 from orchestrator.store.attempts import newest_attempt
-from orchestrator.targets.base import Request, Target
+from orchestrator.targets.base import Request, Submission, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,20 @@ def build_request(
         )
     )
     return Prepared(identity=identity, attempt=attempt, request=request, package=packed)
+
+
+def hand_over(what: str, request: Request, packed: Package, target: Target[Any], reporter: Reporter) -> Submission:
+    """Submit a job with the working directory, and tell which it is and what was not sent.
+
+    Args:
+        what: the run, or the dataset, that it is for.
+    """
+    for skipped in packed.skipped:
+        reporter.say(f"not sent: {skipped}")
+    submission = target.submit(request, packed)
+    verb = "submitted" if submission.created else "was submitted by another just now; attached"
+    reporter.say(f"{what} {verb} as {submission.submission_id}")
+    return submission
 
 
 def relative_to(directory: Path, run_file: Path) -> str:

@@ -1,17 +1,16 @@
-"""``headway run``: the door from the command line into ``workloads``, inside a Ray job."""
+"""``headway run``: brings a run to its outcome, inside a Ray job."""
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.commands.context import find_store
+from orchestrator.commands.inside import modules_of_workloads
 from orchestrator.errors import (
     AttemptsUsedUp,
     Displaced,
-    EnvironmentUnusable,
     Fenced,
     HeadwayError,
     Interrupted,
@@ -24,7 +23,6 @@ from orchestrator.spec import load
 from orchestrator.store.attempts import Allowance
 from orchestrator.store.s3 import PATIENT
 
-_CLUSTER, _PIPELINE = "workloads.cluster", "workloads.pipeline"  # by name: orchestrator imports nothing of workloads
 _END_S = 600.0
 Attempts = tuple[int, int]
 """The first attempt that this job may make, and how many in all."""
@@ -77,14 +75,12 @@ def _run(
 ) -> Outcome:
     spec = load(run_file)
     store = find_store(store_uri, patience=PATIENT)
-    try:
-        cluster = importlib.import_module(_CLUSTER)
-        pipeline = importlib.import_module(_PIPELINE)
-    except ModuleNotFoundError as e:
-        raise EnvironmentUnusable(
-            f"headway run executes training, and this installation lacks {e.name}.",
-            next_step="Install it: pip install 'headway[train]'. To send the run elsewhere: headway submit",
-        ) from e
+    cluster, pipeline = modules_of_workloads(
+        "cluster",
+        "pipeline",
+        does="headway run executes training",
+        elsewhere="To send the run elsewhere: headway submit",
+    )
     job_id = cluster.connect(reporter.say)
     allowance = Allowance(job_id=job_id, first=attempts[0], max_attempts=attempts[1]) if attempts else None
     outcome: Outcome = pipeline.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.commands.context import find_store, find_target, is_kubernetes
-from orchestrator.commands.request import build_request, free_repeat
+from orchestrator.commands.request import build_request, free_repeat, hand_over
 from orchestrator.commands.sender import caller, ci_job
 from orchestrator.commands.watch import Watched, watch
 from orchestrator.errors import SpecError, StoreError, TimedOut
@@ -93,13 +93,9 @@ def send(
         reporter.say(f"{identity.run_id} is in flight as {flight.job}; attached.")
         return Sent(run_id=identity.run_id, submission_id=flight.job, attached=True, attempt=flight.attempt)
     prepared = build_request(spec, run_file, store, target, directory=directory, identity=identity)
-    for skipped in prepared.package.skipped:
-        reporter.say(f"not sent: {skipped}")
-    submission = target.submit(prepared.request, prepared.package)
+    submission = hand_over(identity.run_id, prepared.request, prepared.package, target, reporter)
     if submission.created:
         _record(store, identity.run_id, submission.submission_id, target, reporter)
-    verb = "submitted" if submission.created else "was submitted by another just now; attached"
-    reporter.say(f"{identity.run_id} {verb} as {submission.submission_id}")
     return Sent(
         run_id=identity.run_id,
         submission_id=submission.submission_id,

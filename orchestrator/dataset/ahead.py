@@ -8,9 +8,9 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.dataset.cache import size_of_environment
 from orchestrator.dataset.order import SampleOrder
 from orchestrator.dataset.reader import TokenReader
-from orchestrator.sizes import size_of_environment
 
 AHEAD_VARIABLE = "HEADWAY_READ_AHEAD"
 AHEAD_BYTES = 2**30
@@ -29,7 +29,7 @@ class ReadAhead:
         num_steps: where the steps end; None for never.
         every: steps dealt out to several readers, of which this one takes each ``every``-th.
         ahead_bytes: of pieces that are got before their step is asked for; they lie in the node's cache, not in
-            memory. None is ``HEADWAY_READ_AHEAD``, such as ``4GiB``.
+            memory. None is ``HEADWAY_READ_AHEAD``, such as ``4Gi``.
     """
 
     def __init__(

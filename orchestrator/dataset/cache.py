@@ -13,6 +13,7 @@ import hashlib
 import logging
 import mmap
 import os
+import re
 import shutil
 import threading
 import time
@@ -22,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.errors import EnvironmentUnusable
-from orchestrator.sizes import size_of_environment
+from orchestrator.document import QUANTITY
+from orchestrator.errors import EnvironmentUnusable, UsageError
+from orchestrator.target_settings import amount
 
 logger = logging.getLogger(__name__)
 LIMIT_VARIABLE = "HEADWAY_CACHE_LIMIT"
@@ -42,11 +44,26 @@ def cache_directory() -> Path:
     return Path(os.environ.get("HEADWAY_CACHE") or Path.home() / ".cache" / "headway")
 
 
+def size_of_environment(variable: str) -> int | None:
+    """The bytes that a variable names, in Kubernetes' notation; None where it is not set.
+
+    Raises:
+        UsageError: it holds no size.
+    """
+    told = os.environ.get(variable, "").strip()
+    if not told:
+        return None
+    size = int(amount(told)) if re.fullmatch(QUANTITY, told) else 0
+    if size < 1:
+        raise UsageError(f"{variable}: {told!r} is no size.", next_step="Write it as 200Gi, say.")
+    return size
+
+
 class PieceCache:
     """A folder of pieces. Safe to use from several threads and processes.
 
     Args:
-        limit_bytes: of all files in the folder. None is ``HEADWAY_CACHE_LIMIT``, such as ``200GiB``; where that is not
+        limit_bytes: of all files in the folder. None is ``HEADWAY_CACHE_LIMIT``, such as ``200Gi``; where that is not
             set, half of what the disk has free and the cache holds already.
 
     Raises:

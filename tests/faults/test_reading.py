@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_ends_nothing(
 ) -> None:
     """Six of the sixteen pieces find room, and the next one finds room for half of it."""
     expected = batches(store, tmp_path / "direct")
-    monkeypatch.setenv(LIMIT_VARIABLE, "1GiB")  # more than there is
+    monkeypatch.setenv(LIMIT_VARIABLE, "1Gi")  # more than there is
     (tmp_path / "small").mkdir()
     with small_disk(tmp_path / "small", 26 * 4096):
         assert batches(store, tmp_path / "small") == expected

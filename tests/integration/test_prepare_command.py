@@ -6,44 +6,31 @@ The tests go in order: they are one dataset's way from a source that is bad to b
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import signal
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from orchestrator.store import Store, layout, open_store
+from orchestrator.store import layout, open_store
 from orchestrator.targets.base import JobState
 from orchestrator.targets.jobs_api import JobsApiTarget
 from orchestrator.targets.stack import Stack
-from tests.command_line import Said, finish, start
+from tests.command_line import Said, finish
+from tests.integration.project import ProjectFolder, settings_of
 from tests.integration.test_bad_days import put_corpus
 from tests.tiny_run import TINY_LLAMA
 
 WAIT_S = 120.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Project:
-    """A folder with run files, and the store seen from here."""
-
-    directory: Path
-    target: str
-    settings: dict[str, str]
-    store: Store
-    name: str
-
-    def start(self, *arguments: str, **how: Any) -> subprocess.Popen[str]:
-        return start(*arguments, directory=self.directory, settings=self.settings, **how)
+class Project(ProjectFolder):
+    """A folder with run files."""
 
     def headway(self, *arguments: str) -> Said:
-        return finish(self.start(*arguments), timeout_s=WAIT_S)
+        return finish(self.command(*arguments), timeout_s=WAIT_S)
 
     def prepare(self, run_file: str, *options: str) -> Said:
         return self.headway("prepare", run_file, "--target", self.target, *options)
@@ -72,12 +59,7 @@ class Project:
 def project(
     stack: Stack, stack_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Project]:
-    settings = {key: value for key, value in stack_environment.items() if key.startswith(("AWS_", "HEADWAY_", "RAY_"))}
-    with pytest.MonkeyPatch.context() as patch:
-        for key in [key for key in os.environ if key.startswith(("AWS_", "RAY_"))]:
-            patch.delenv(key)
-        for key, value in settings.items():
-            patch.setenv(key, value)
+    with settings_of(stack_environment) as settings:
         found = Project(
             directory=tmp_path_factory.mktemp("project"),
             target=stack.dashboard_url,
@@ -96,7 +78,7 @@ def test_one_leaves_another_attaches_and_is_told_what_is_wrong(project: Project)
     for number in range(20):
         corpus.upload(f"bad/{number}.jsonl", b'{"text": "fine"}\n{"no": "json"\n')
     project.write("bad.yaml", train=f"s3://{corpus.bucket}/{project.name}/bad/*.jsonl", format="jsonl")
-    first = project.start("prepare", "bad.yaml", "--target", project.target)
+    first = project.command("prepare", "bad.yaml", "--target", project.target)
     assert first.stderr is not None
     said = first.stderr.readline()
     assert " submitted as data-" in said

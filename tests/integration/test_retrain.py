@@ -6,15 +6,12 @@ The tests go in order: they are one change's way from the first call to the vers
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,13 +20,14 @@ import yaml
 from orchestrator.errors import NotFound
 from orchestrator.record import EventReader
 from orchestrator.record.run_record import read_record
-from orchestrator.store import Store, layout, open_store
+from orchestrator.store import layout, open_store
 from orchestrator.store.attempts import attempt_end, newest_attempt
 from orchestrator.targets import processes
 from orchestrator.targets.stack import Stack
 from tests.command_line import Said, finish, start
 from tests.faults.fault import Fault, Kind
 from tests.faults.proxy import FaultProxy
+from tests.integration.project import ProjectFolder, settings_of
 from tests.integration.test_bad_days import SLOW_TASK, put_corpus
 from tests.tiny_run import TINY_LLAMA
 
@@ -40,19 +38,11 @@ OUTAGE_S = 20.0
 STEPS = 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class Project:
-    """A repository that CI trains from, and the store seen from here."""
-
-    directory: Path
-    target: str
-    settings: dict[str, str]
-    store: Store
-    name: str
+class Project(ProjectFolder):
+    """A repository that CI trains from."""
 
     def start(self, *options: str, **settings: str) -> subprocess.Popen[str]:
-        command = ("retrain", "run.yaml", "--target", self.target, *options)
-        return start(*command, directory=self.directory, settings={**self.settings, **settings})
+        return self.command("retrain", "run.yaml", "--target", self.target, *options, **settings)
 
     def retrain(self, *options: str, **settings: str) -> Said:
         return finish(self.start(*options, **settings), timeout_s=WAIT_S)
@@ -80,12 +70,7 @@ def project(
 ) -> Iterator[Project]:
     directory, name = tmp_path_factory.mktemp("project"), f"retrain-{secrets.token_hex(2)}"
     (directory / "slow_task.py").write_text(SLOW_TASK.format(fast=str(directory / "fast")))
-    settings = {key: value for key, value in stack_environment.items() if key.startswith(("AWS_", "HEADWAY_", "RAY_"))}
-    with pytest.MonkeyPatch.context() as patch:
-        for key in [key for key in os.environ if key.startswith("AWS_")]:
-            patch.delenv(key)
-        for key, value in settings.items():
-            patch.setenv(key, value)
+    with settings_of(stack_environment) as settings:
         store = open_store()
         put_corpus(store.at(store.bucket, name))
         run = {

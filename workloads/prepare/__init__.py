@@ -16,7 +16,8 @@ from orchestrator.dataset.format import DatasetManifest, Tokenizer, is_held_out,
 from orchestrator.dataset.given import GivenTokenizer, read_given
 from orchestrator.dataset.source import SourceFile, source_fingerprint
 from orchestrator.errors import AlreadyExists, NotFound, RunError, SpecError
-from orchestrator.spec import DataSpec
+from orchestrator.runs import RunIdentity
+from orchestrator.spec import DataSpec, RunSpec
 from orchestrator.store import Store, layout
 from workloads.prepare.assemble import Gathered, assemble, require_good
 from workloads.prepare.cluster import on_cluster
@@ -33,7 +34,7 @@ from workloads.prepare.vocabulary import store_given, store_pretrained, store_tr
 if TYPE_CHECKING:
     from workloads.tasks.base_context import BaseContext
 
-__all__ = ["part_jobs", "prepare", "prepare_part", "split_by_record"]
+__all__ = ["part_jobs", "prepare", "prepare_identified", "prepare_part", "split_by_record"]
 
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -103,6 +104,27 @@ def prepare(
     except AlreadyExists:  # prepared by someone else meanwhile: the same bytes under the same fingerprint
         return read_manifest(store, name, wanted)
     return manifest
+
+
+def prepare_identified(
+    spec: RunSpec,
+    identity: RunIdentity,
+    store: Store,
+    *,
+    base: BaseContext | None,
+    say: Callable[[str], None],
+) -> DatasetManifest:
+    """:func:`prepare` for what the run file's ``data.train`` was found to be."""
+    return prepare(
+        spec.data,
+        spec.name,
+        list(identity.files),
+        store,
+        base=base,
+        tokenizer_fingerprint=identity.base.tokenizer_fingerprint if identity.base is not None else "",
+        tokenizer=identity.tokenizer,
+        say=say,
+    )
 
 
 def _standing(data: DataSpec, name: str, wanted: str, store: Store) -> DatasetManifest | None:
