@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,12 @@ from orchestrator.render.ray_job import POOL_VARIABLE
 from workloads.metrics import Listener, restart_counter
 from workloads.stalled import asking, told_when_stalled
 from workloads.watchdog import LastStep, guarded
+
+_MEMORY_SHORT = re.compile(
+    r"Memory on the node \(IP: (?P<ip>[^,]+), .*?was (?P<used>[\d.]+)GB used / (?P<limit>[\d.]+)GB"
+)
+"""Of ``OutOfMemoryError``, as Ray's raylet words it."""
+_KILLED = re.compile(r"^Selected to kill: .*? task name=(?:[^,]*:)?([^,:]+?)(?:\.__init__)?,", re.MULTILINE)
 
 if TYPE_CHECKING:
     from workloads.train import TrainJob
@@ -99,10 +106,10 @@ def fit(
         try:
             trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as e:
-            lines = [line for line in str(e).splitlines() if line.strip()]
+            logs = f"See the workers' own words: headway logs {name}"
+            told, next_step = last_words(e, otherwise=logs)
             raise AttemptFailed(
-                f"Training failed {resources.max_failures + 1} times, the last time with: {lines[-1].strip()}",
-                next_step=f"See the workers' own words: headway logs {name}",
+                f"Training failed {resources.max_failures + 1} times, the last time with: {told}", next_step=next_step
             ) from e
 
 
@@ -153,8 +160,25 @@ def _own_error(error: BaseException) -> HeadwayError:
         if isinstance(seen, HeadwayError) and not isinstance(seen, ray.exceptions.RayError):
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
+    told, next_step = last_words(error, otherwise="Submit it again to go on; the whole log: headway logs")
+    return AttemptFailed(f"A task on the cluster failed: {told}", next_step=next_step)
+
+
+def last_words(error: BaseException, *, otherwise: str) -> tuple[str, str]:
+    """What a person needs of Ray's error, and the next step. Pure.
+
+    That is its last line, except where a node ran out of memory: then Ray ends with advice on its own settings.
+
+    Args:
+        otherwise: the next step where no memory was short.
+    """
+    short = _MEMORY_SHORT.search(str(error))
+    if short is not None:
+        killed = ", ".join(dict.fromkeys(_KILLED.findall(str(error)))) or "processes"
+        in_use = f"{short['used']} of {short['limit']} GB in use"
+        return (
+            f"the node {short['ip']} ran out of memory, {in_use}, so Ray killed {killed}.",
+            "Give it more: in target.yaml, head.memory or the pool's size.memory; or lower train.micro_batch_size.",
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return AttemptFailed(
-        f"A task on the cluster failed: {lines[-1] if lines else type(error).__name__}",
-        next_step="Submit it again to go on; the whole log: headway logs",
-    )
+    return (lines[-1] if lines else type(error).__name__), otherwise

@@ -112,7 +112,7 @@ def _target(cluster: Cluster) -> dict[str, Any]:
                 "extended_resources": {"nvidia.com/gpu": 1},
             }
         },
-        "head": {"cpu": "1", "cpu_request": "100m", "memory": "3Gi"},
+        "head": {"cpu": "1", "cpu_request": "100m"},  # with the memory that heads have by default
         "server": {"cpu": "1", "cpu_request": "100m", "memory": "3Gi"},
         "claims": [{"claim": CLAIM, "path": str(REPOSITORY)}],
         "grace": 50,  # a worker pod that is deleted trains on until then, and these runs are short
