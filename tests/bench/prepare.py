@@ -2,7 +2,7 @@
 
 The documents are Python files of this environment, as JSON lines in S3. Headway reads them there, parses and cleans
 them, splits them, tokenizes them with a tokenizer that is given, and writes shards, parts and a manifest with their
-digests, in Ray Data tasks of one CPU each; once with one CPU free and once with two. The loop has the documents in
+digests, in Ray tasks of one CPU each; once with one CPU free and once with two. The loop has the documents in
 memory and does nothing but tokenize them on one thread, by the fastest call that there is, and put the ids into
 arrays. The three take turns, after a round that does not count.
 

@@ -1,4 +1,4 @@
-"""Preparing through Ray Data against a real S3 server: what the tasks write is what one process would write."""
+"""Preparing in Ray tasks against a real S3 server: what the tasks write is what one process would write."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.unit.workloads import chat_templates as templates
 from tests.unit.workloads.preparing import json_lines
+from workloads.cluster import own_errors
 from workloads.prepare import part_jobs, prepare, prepare_part, split_by_record
+from workloads.prepare.cluster import on_cluster
+from workloads.prepare.parts import PartJob
 from workloads.prepare.vocabulary import load_tokenizer
 
 LENGTH = 255
@@ -199,6 +203,31 @@ def test_a_killed_preparation_goes_on_and_gives_the_same(store: Store, base: Any
     assert shards_of(alone, prefix) == shards_of(store, prefix)
 
 
+@pytest.mark.usefixtures("ray_of_two")
+def test_after_a_part_that_failed_no_other_is_begun(store: Store, base: Any) -> None:
+    pattern = put(store, json_lines(conversations(40)))
+    data = DataSpec(train=pattern, format="messages", sequence_length=LENGTH)
+    files = list_source(pattern, store)
+    manifest = prepare(data, "chats", files, store, base=base, tokenizer_fingerprint=TOKENIZER_FINGERPRINT)
+    (job,) = part_jobs(data, files, store, "begun/", manifest.tokenizer, by_record=True)
+    jobs = [job.model_copy(update={"number": number}) for number in range(40)]
+    with own_errors(), pytest.raises(RunError, match="part 3 is bad"):
+        list(on_cluster(begin_or_fail, jobs))
+    begun = len(list(store.list("begun/")))
+    assert begun < len(jobs) // 2
+    assert list(on_cluster(begin_or_fail, jobs[:1])) == [job]  # the CPUs are free again
+    assert len(list(store.list("begun/"))) <= begun + 2
+
+
+def begin_or_fail(job: PartJob, store: Store) -> PartJob:
+    """Takes a while."""
+    if job.number == 3:
+        raise RunError("part 3 is bad")
+    store.upload(f"{job.prefix}{job.number}", b"")
+    time.sleep(0.2)
+    return job
+
+
 def wait_for_parts(store: Store, prefix: str, count: int, process: subprocess.Popen[bytes]) -> int:
     """How many parts are finished, once there are ``count`` of them."""
     for _ in range(600):
@@ -212,4 +241,4 @@ def wait_for_parts(store: Store, prefix: str, count: int, process: subprocess.Po
 
 def one_by_one(store: Store) -> Any:
     """Works on the parts in this process, one after the other."""
-    return lambda work, jobs, result: (work(job, store) for job in jobs)
+    return lambda work, jobs: (work(job, store) for job in jobs)

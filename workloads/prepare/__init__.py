@@ -1,4 +1,4 @@
-"""A source to a prepared dataset, through Ray Data: one part of the source per task, in a fixed cut.
+"""A source to a prepared dataset: one part of the source per Ray task, in a fixed cut.
 
 The cut into parts depends on the source alone, so the same source gives the same shards at any parallelism. Each part
 is committed when it is done, so a preparation that was killed goes on where it was.
@@ -23,7 +23,7 @@ from workloads.prepare.assemble import Gathered, assemble, require_good
 from workloads.prepare.cluster import on_cluster
 from workloads.prepare.committed import PartDone, commit_part, committed_parts
 from workloads.prepare.cutting import MAX_PART_BYTES, cut, part_bytes, slices_of
-from workloads.prepare.labels import Classes, class_names, labels_part, scan_part
+from workloads.prepare.labels import class_names, labels_part, scan_part
 from workloads.prepare.messages import messages_part
 from workloads.prepare.parts import Part, PartJob, settings_digest
 from workloads.prepare.progress import Progress
@@ -42,9 +42,7 @@ Result = TypeVar("Result", bound=BaseModel)
 class RunParts(Protocol):
     """Does work on each part, and gives the results as they are finished."""
 
-    def __call__(
-        self, work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob], result: type[Result]
-    ) -> Iterator[Result]: ...
+    def __call__(self, work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob]) -> Iterator[Result]: ...
 
 
 def prepare(
@@ -141,7 +139,7 @@ def _with_classes(jobs: list[PartJob], data: DataSpec, run: RunParts) -> list[Pa
     """The jobs, told of labelled texts which classes all of the source holds."""
     if data.kind != "labelled":
         return jobs
-    classes = class_names(list(run(scan_part, jobs, Classes)), data.label_field or "")
+    classes = class_names(list(run(scan_part, jobs)), data.label_field or "")
     return [job.model_copy(update={"classes": classes}) for job in jobs]
 
 
@@ -160,7 +158,7 @@ def _gather(
     missing = [job for job in jobs if job.number not in gathered]
     if earlier is not None:
         missing = with_earlier(missing, earlier, store)
-    for made in run(prepare_part, missing, PartDone):
+    for made in run(prepare_part, missing):
         gathered.add(made)
         progress.made(made)
     progress.end()

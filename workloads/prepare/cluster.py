@@ -1,12 +1,11 @@
-"""Work on the parts of a source as Ray Data tasks, of one CPU each."""
+"""Work on the parts of a source as Ray tasks, of one CPU each."""
 
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -16,26 +15,30 @@ from workloads.prepare.parts import PartJob
 Result = TypeVar("Result", bound=BaseModel)
 
 
-def on_cluster(
-    work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob], result: type[Result]
-) -> Iterator[Result]:
-    """What ``work`` gives of each part, as it is finished."""
-    if not jobs:
-        return
-    import ray.data
+def on_cluster(work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob]) -> Iterator[Result]:
+    """What ``work`` gives of each part, as it is finished. What is not is taken back where the caller goes no further.
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = [{"job": job.model_dump_json()} for job in jobs]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    for row in dataset.map(_work_row, fn_args=[work], num_cpus=1).iter_rows():
-        yield result.model_validate_json(row["result"])
+    A part whose process or node is lost is worked on again, three times at most.
+
+    Raises:
+        ray.exceptions.RayError: the first part that failed, or whose process was lost too often.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(_work)
+    waiting = [task.remote(work, job) for job in jobs]
+    try:
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            yield ray.get(done)
+    finally:
+        for each in waiting:
+            ray.cancel(each)
 
 
-def _work_row(row: dict[str, Any], work: Callable[[PartJob, Store], BaseModel]) -> dict[str, Any]:
+def _work(work: Callable[[PartJob, Store], Result], job: PartJob) -> Result:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the task has one CPU; its neighbours use the others
-    job = PartJob.model_validate_json(row["job"])
-    return {"result": work(job, _store(job.store)).model_dump_json()}
+    return work(job, _store(job.store))
 
 
 @functools.cache

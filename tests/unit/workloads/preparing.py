@@ -82,12 +82,13 @@ class Here:
         self._store, self._order, self._fail_after = store, order, fail_after
         self.done: list[Any] = []
 
-    def __call__(self, work: Any, jobs: Sequence[PartJob], result: type[Any]) -> Iterator[Any]:
+    def __call__(self, work: Any, jobs: Sequence[PartJob]) -> Iterator[Any]:
         for number, job in enumerate(self._order(list(jobs))):
             if number == self._fail_after:
                 raise Killed
             told = PartJob.model_validate_json(job.model_dump_json())
-            self.done.append(result.model_validate_json(work(told, self._store).model_dump_json()))
+            made = work(told, self._store)
+            self.done.append(type(made).model_validate_json(made.model_dump_json()))
             yield self.done[-1]
 
     @property

@@ -63,7 +63,7 @@ def test_a_killed_preparation_goes_on(killed_after: int, seed: int, leave_shards
 def test_tasks_at_once_give_the_same(num_tasks: int) -> None:
     store = corpus()
 
-    def run(work: Any, jobs: Any, result: Any) -> Any:
+    def run(work: Any, jobs: Any) -> Any:
         with ThreadPoolExecutor(num_tasks) as pool:
             for done in as_completed([pool.submit(work, job, store) for job in jobs]):
                 yield done.result()
