@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.dataset.format import fingerprint
-from orchestrator.errors import EmptySource, EnvironmentUnusable
+from orchestrator.errors import EmptySource, EnvironmentUnusable, IntegrityError, RunError
 from orchestrator.spec import DataSpec
 from orchestrator.store.s3 import Store, split_uri
 
@@ -111,14 +113,23 @@ def source_fingerprint(data: DataSpec, files: list[SourceFile], tokenizer_finger
 
 
 def read_source(file: SourceFile, store: Store) -> bytes:
-    """A source file's bytes."""
+    """A source file's bytes.
+
+    Raises:
+        RunError: it is another file than the one that was listed.
+    """
     if file.uri.startswith("s3://"):
         bucket, key = split_uri(file.uri)
-        return store.at(bucket).get(key)
+        with _as_listed(file):
+            return store.at(bucket).get_unchanged(key, file.etag)
     try:
-        return Path(file.uri).read_bytes()
+        content = Path(file.uri).read_bytes()
     except OSError as e:
         raise _unreadable(file, e) from e
+    with _as_listed(file):
+        if hashlib.sha256(content).hexdigest() != file.etag:
+            raise IntegrityError(file.uri)
+    return content
 
 
 def read_lines(part: Slice, store: Store) -> bytes:
@@ -145,16 +156,33 @@ def read_lines(part: Slice, store: Store) -> bytes:
 
 
 def read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> bytes:
-    """``num_bytes`` bytes of a source file from ``start``; fewer come back only at its end."""
+    """``num_bytes`` bytes of a source file from ``start``; fewer come back only at its end.
+
+    Raises:
+        RunError: in S3 it is another file than the one that was listed.
+    """
     if file.uri.startswith("s3://"):
         bucket, key = split_uri(file.uri)
-        return store.at(bucket).get_range(key, start, num_bytes)
+        with _as_listed(file):
+            return store.at(bucket).get_unchanged(key, file.etag, start=start, num_bytes=num_bytes)
     try:
         with Path(file.uri).open("rb") as source:
             source.seek(start)
             return source.read(num_bytes)
     except OSError as e:
         raise _unreadable(file, e) from e
+
+
+@contextmanager
+def _as_listed(file: SourceFile) -> Iterator[None]:
+    """Around the reading of a file that may have been written over since the source was listed."""
+    try:
+        yield
+    except IntegrityError as e:
+        raise RunError(
+            f"data.train: {file.uri} was written over after the source was listed.",
+            next_step="Submit again, which lists it anew, and leave the files alone while they are read.",
+        ) from e
 
 
 def _unreadable(file: SourceFile, error: OSError) -> EnvironmentUnusable:

@@ -126,8 +126,7 @@ class Store:
         Raises:
             NotFound: no such object. StoreError: anything else.
         """
-        with self._translated(key):
-            return self._connection.read(**self._place(key))
+        return self._get(key, {})
 
     def get_json(self, key: str) -> Any:
         """A JSON object, parsed.
@@ -143,12 +142,26 @@ class Store:
 
     def get_range(self, key: str, start: int, num_bytes: int) -> bytes:
         """``num_bytes`` bytes from ``start``; fewer come back only at the object's end, none beyond it."""
+        return self._get(key, _span(start, num_bytes)) if num_bytes else b""
+
+    def get_unchanged(self, key: str, etag: str, *, start: int = 0, num_bytes: int | None = None) -> bytes:
+        """As :meth:`get` or :meth:`get_range`, of an object that others may write over.
+
+        Raises:
+            IntegrityError: its ETag is another by now.
+        """
         if num_bytes == 0:
             return b""
-        span = f"bytes={start}-{start + num_bytes - 1}"
+        span = {} if num_bytes is None else _span(start, num_bytes)
+        try:
+            return self._get(key, {**span, "IfMatch": f'"{etag}"'})
+        except AlreadyExists as e:  # what 412 means to a writer
+            raise IntegrityError(f"{self.uri_of(key)} was written over: its ETag is not {etag} any more.") from e
+
+    def _get(self, key: str, request: dict[str, str]) -> bytes:
         try:
             with self._translated(key):
-                return self._connection.read(**self._place(key), Range=span)
+                return self._connection.read(**self._place(key), **request)
         except PastTheEnd:
             return b""
 
@@ -366,6 +379,10 @@ class Store:
         """Take back the parts of an upload; one that is gone already does not matter."""
         with contextlib.suppress(NotFound), self._translated(upload.key):
             self._client.abort_multipart_upload(**self._place(upload.key), UploadId=upload.upload_id)
+
+
+def _span(start: int, num_bytes: int) -> dict[str, str]:
+    return {"Range": f"bytes={start}-{start + num_bytes - 1}"}
 
 
 def _condition(once: bool) -> dict[str, str]:

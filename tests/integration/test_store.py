@@ -75,6 +75,20 @@ def test_ranges(store: Store) -> None:
     assert store.get_range("data", 4, 0) == b""
 
 
+@pytest.mark.parametrize("size_bytes", [10, 20 * 2**20])
+def test_an_object_that_was_written_over_is_not_read_as_the_one_that_was_listed(store: Store, size_bytes: int) -> None:
+    data = secrets.token_bytes(size_bytes)  # the larger one goes up in parts, which give another kind of ETag
+    store.upload("data", data)
+    (listed,) = store.list("data")
+    assert store.get_unchanged("data", listed.etag) == data
+    assert store.get_unchanged("data", listed.etag, start=5, num_bytes=3) == data[5:8]
+    assert store.get_unchanged("data", listed.etag, start=size_bytes + 1, num_bytes=3) == b""
+    store.upload("data", secrets.token_bytes(size_bytes))
+    for how in ({}, {"start": 5, "num_bytes": 3}):
+        with pytest.raises(IntegrityError, match="data was written over"):
+            store.get_unchanged("data", listed.etag, **how)
+
+
 def test_a_large_file_goes_up_in_parts_and_comes_back(store: Store, tmp_path: Path) -> None:
     data = secrets.token_bytes(40 * 2**20)
     source = tmp_path / "source"

@@ -17,6 +17,10 @@ from orchestrator.store import ObjectInfo, Store
 from orchestrator.store.s3 import UnfinishedUpload
 
 
+def _etag(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
 class _Bytes:
     """The objects of all buckets, shared by the stores that :meth:`Store.at` opens."""
 
@@ -73,6 +77,13 @@ class MemoryStore(Store):
         self._check("get_range")
         return self._read(key)[start : start + num_bytes]
 
+    def get_unchanged(self, key: str, etag: str, *, start: int = 0, num_bytes: int | None = None) -> bytes:
+        self._check("get_unchanged")
+        data = self._read(key)
+        if _etag(data) != etag:
+            raise IntegrityError(f"{self.uri_of(key)} was written over.")
+        return data[start:] if num_bytes is None else data[start : start + num_bytes]
+
     def download(self, key: str, path: Path, *, sha256: str) -> None:
         self._check("download")
         data = self._read(key)
@@ -97,7 +108,7 @@ class MemoryStore(Store):
             yield ObjectInfo(
                 key=key[len(self.prefix) :],
                 size_bytes=len(data),
-                etag=hashlib.md5(data, usedforsecurity=False).hexdigest(),
+                etag=_etag(data),
                 modified_s=modified_s,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.dataset.source import Slice, list_source, read_lines, read_source, source_fingerprint
-from orchestrator.errors import EmptySource, StoreError, UsageError
+from orchestrator.errors import EmptySource, RunError, StoreError, UsageError
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
 
@@ -64,6 +65,18 @@ def test_patterns_mean_the_same_in_s3_and_on_a_disk(
         assert [Path(file.uri).name for file in found] == [Path(name).name for name in sorted(expected)]
         assert [read_source(file, bucket).decode() for file in found] == sorted(expected)
         assert all(file.size_bytes == len(read_source(file, bucket)) for file in found)
+
+
+def test_a_file_that_changed_since_it_was_listed_is_not_read(bucket: MemoryStore, folder: Path) -> None:
+    found = [list_source(f"{where}/src/pkg/c.py", bucket)[0] for where in ("s3://corpus", folder)]
+    bucket.at("corpus").tamper("src/pkg/c.py", b"other")
+    (folder / "src/pkg/c.py").write_bytes(b"other")
+    for file in found:
+        with pytest.raises(RunError, match=f"{re.escape(file.uri)} was written over") as caught:
+            read_source(file, bucket)
+        assert "Submit again" in caught.value.next_step
+    with pytest.raises(RunError, match="written over"):
+        read_lines(Slice(file=found[0], number=1, of=2), bucket)
 
 
 def test_a_folder_means_all_that_is_in_it(bucket: MemoryStore, folder: Path) -> None:
