@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.dataset.format import fingerprint
-from orchestrator.errors import EmptySource, EnvironmentUnusable, IntegrityError, RunError
+from orchestrator.errors import EmptySource, EnvironmentUnusable, IntegrityError, NotFound, RunError
 from orchestrator.spec import DataSpec
 from orchestrator.store.s3 import Store, split_uri
 
@@ -175,12 +175,13 @@ def read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> by
 
 @contextmanager
 def _as_listed(file: SourceFile) -> Iterator[None]:
-    """Around the reading of a file that may have been written over since the source was listed."""
+    """Around the reading of a file that may have been written over, or deleted, since the source was listed."""
     try:
         yield
-    except IntegrityError as e:
+    except (IntegrityError, NotFound) as e:
+        what = "is gone since" if isinstance(e, NotFound) else "was written over after"
         raise RunError(
-            f"data.train: {file.uri} was written over after the source was listed.",
+            f"data.train: {file.uri} {what} the source was listed.",
             next_step="Submit again, which lists it anew, and leave the files alone while they are read.",
         ) from e
 

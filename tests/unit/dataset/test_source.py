@@ -77,6 +77,9 @@ def test_a_file_that_changed_since_it_was_listed_is_not_read(bucket: MemoryStore
         assert "Submit again" in caught.value.next_step
     with pytest.raises(RunError, match="written over"):
         read_lines(Slice(file=found[0], number=1, of=2), bucket)
+    bucket.at("corpus").delete(["src/pkg/c.py"])
+    with pytest.raises(RunError, match="is gone since"):
+        read_source(found[0], bucket)
 
 
 def test_a_folder_means_all_that_is_in_it(bucket: MemoryStore, folder: Path) -> None:
