@@ -44,14 +44,18 @@ def find_earlier(store: Store, name: str, *, settings: str, tokenizer: Tokenizer
     Args:
         but: the fingerprint of the one that is made.
     """
-    found = []
-    for fingerprint in store.list_folders(layout.datasets(name)):
+
+    def fits(fingerprint: str) -> DatasetManifest | None:
         try:
-            manifest = read_manifest(store, name, fingerprint) if fingerprint != but else None
+            manifest = read_manifest(store, name, fingerprint)
         except (NotFound, IntegrityError):  # not finished, or of another version of Headway
-            continue
-        if manifest is not None and manifest.lineage is not None and manifest.tokenizer == tokenizer:
-            found += [manifest] if manifest.lineage.settings == settings else []
+            return None
+        is_alike = manifest.lineage is not None and manifest.lineage.settings == settings
+        return manifest if is_alike and manifest.tokenizer == tokenizer else None
+
+    others = [fingerprint for fingerprint in store.list_folders(layout.datasets(name)) if fingerprint != but]
+    with ThreadPoolExecutor(_READS) as pool:
+        found = [manifest for manifest in pool.map(fits, others) if manifest is not None]
     return max(found, key=lambda manifest: manifest.created_s, default=None)
 
 
