@@ -49,7 +49,7 @@ $(INSTALLED): requirements/local.txt pyproject.toml
 test: install
 	$(BIN)/python -m pytest tests/unit tests/integration tests/faults
 
-# The tests that take minutes each too, with all faults: two hours on 2 cores. Before a release, and every night.
+# The tests that take minutes each too, with all faults: two hours on 2 cores. For a release, or a nightly job; .ci/run leaves them out.
 test-all: export HEADWAY_TESTS := all
 test-all: test
 
