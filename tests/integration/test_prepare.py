@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -23,12 +24,16 @@ from orchestrator.dataset.given import read_given
 from orchestrator.dataset.reader import TokenReader
 from orchestrator.dataset.source import list_source, source_fingerprint
 from orchestrator.errors import RunError
+from orchestrator.pretrained.format import read_base
+from orchestrator.runs import identify
 from orchestrator.spec import DataSpec
 from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.seaweedfs import S3Server
 from tests.unit.workloads import chat_templates as templates
+from tests.unit.workloads.bases import run_spec, save_base
 from tests.unit.workloads.preparing import json_lines
 from workloads.cluster import own_errors
+from workloads.dataset_job import prepare_dataset
 from workloads.prepare import part_jobs, prepare, prepare_part, split_by_record
 from workloads.prepare.cluster import on_cluster
 from workloads.prepare.parts import PartJob
@@ -137,6 +142,23 @@ def test_a_dataset_that_stands_is_not_made_again(store: Store, base: Any) -> Non
     assert first == second
     other = prepare(data, "chats", list_source(pattern, store), store, base=base, tokenizer_fingerprint="b" * 16)
     assert other.fingerprint != first.fingerprint
+
+
+@pytest.mark.usefixtures("ray_of_two")
+def test_a_job_copies_the_pretrained_model_and_gives_the_dataset_its_tokenizer(store: Store, tmp_path: Path) -> None:
+    directory = save_base(tmp_path / "base")
+    spec = run_spec(
+        model={"pretrained": str(directory)},
+        data={"train": put(store, json_lines(conversations(200))), "format": "messages", "sequence_length": LENGTH},
+    )
+    said: list[str] = []
+    manifest = prepare_dataset(spec, store, working_directory=tmp_path, say=said.append)
+    assert manifest.tokenizer.sha256 == hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest()
+    assert said[:2] == ["base …", "prepare …"]
+    wanted = identify(spec, store, tmp_path, edition=0)
+    assert wanted.dataset_fingerprint == manifest.fingerprint
+    assert wanted.base is not None
+    assert read_base(store, wanted.base.fingerprint).files
 
 
 @pytest.mark.usefixtures("ray_of_two")
