@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from orchestrator.errors import IntegrityError, SpecError, TimedOut
 from orchestrator.memory import ModelSize
+from orchestrator.node_cache import cache_directory
 from orchestrator.spec import LoraSpec, canonical_json
 
 AUTO_CLASSES = {
@@ -30,7 +31,6 @@ AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
 }
 """The transformers class that builds a built-in task's model."""
-CACHE_VARIABLE = "HEADWAY_CACHE"
 COUNT_TIMEOUT_S = 300.0  # torch alone takes a minute to import where its bytecode is not compiled
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _FORMAT = "headway/size/2"
@@ -79,7 +79,7 @@ def count_parameters(
         auto_class: such as ``AutoModelForCausalLM``; see :data:`AUTO_CLASSES`.
         is_pretrained: whether it is a config.json.
         lora: adapters beside the model's weights, which then count as frozen.
-        cache: folder of remembered counts, by default :func:`cache_folder`.
+        cache: folder of remembered counts, by default :func:`cache_directory`.
         python: the interpreter whose torch and transformers count.
 
     Raises:
@@ -95,7 +95,7 @@ def count_parameters(
     adapter = lora.model_dump(mode="json", include={"rank", "target_modules"}) if lora else None
     request = {"architecture": full, "auto_class": auto_class, "is_pretrained": is_pretrained, "lora": adapter}
     key = hashlib.sha256(canonical_json({**request, "versions": versions, "format": _FORMAT})).hexdigest()
-    path = (cache or cache_folder()) / "sizes" / f"{key}.json"
+    path = (cache or cache_directory()) / "sizes" / f"{key}.json"
     known = _read(path)
     if known is not None:
         return Sizing(size=known)
@@ -107,11 +107,6 @@ def count_parameters(
     size = ModelSize.model_validate(answer)
     _write(path, size)
     return Sizing(size=size)
-
-
-def cache_folder() -> Path:
-    """``$HEADWAY_CACHE``, or ``~/.cache/headway``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "headway")
 
 
 def header_bytes(first: bytes) -> int:

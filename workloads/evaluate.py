@@ -16,10 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.checkpoint.adapter import BaseReference
-from orchestrator.dataset.cache import cache_directory
 from orchestrator.dataset.format import DatasetManifest, read_manifest
 from orchestrator.dataset.reader import TokenReader, require_samples
 from orchestrator.errors import RunError
+from orchestrator.node_cache import cache_directory
 from orchestrator.pretrained.format import read_base
 from orchestrator.release.versions import Version, VersionFile, download_files
 from orchestrator.spec import RunSpec

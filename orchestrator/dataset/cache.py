@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from orchestrator.document import QUANTITY
 from orchestrator.errors import EnvironmentUnusable, UsageError
+from orchestrator.node_cache import CACHE_VARIABLE, cache_directory
 from orchestrator.target_settings import amount
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,6 @@ _SLACK = 16  # a sixteenth of the limit is deleted at a time, and added before t
 _STALE_S = 3600.0  # a partial file that old is nobody's any more
 
 Bytes = npt.NDArray[np.uint8]
-
-
-def cache_directory() -> Path:
-    """Where files from the store are kept on this node: ``HEADWAY_CACHE``, else ``~/.cache/headway``."""
-    return Path(os.environ.get("HEADWAY_CACHE") or Path.home() / ".cache" / "headway")
 
 
 def size_of_environment(variable: str) -> int | None:
@@ -78,7 +74,7 @@ class PieceCache:
         except OSError as e:
             raise EnvironmentUnusable(
                 f"Data cannot be kept in {self.folder}: {e.strerror or e}.",
-                next_step="Set HEADWAY_CACHE to a folder that can be written to.",
+                next_step=f"Set {CACHE_VARIABLE} to a folder that can be written to.",
             ) from e
         self.num_evicted = 0
         self.is_refused = False

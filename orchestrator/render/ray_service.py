@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.errors import SpecError
+from orchestrator.node_cache import CACHE_VARIABLE
 from orchestrator.render.pods import PREFIX, RAY_TEMP, Manifest, RayPod, s3_environment, template
 from orchestrator.render.ray_job import HEAD_PORTS
 from orchestrator.target_settings import Pool, TargetSettings, amount
@@ -198,7 +199,7 @@ def _cluster(name: str, pool: Pool, store_uri: str, replicas: int, settings: Tar
 def _pod(name: str, store_uri: str, settings: TargetSettings, *, pool: Pool | None = None, **fields: Any) -> RayPod:
     ours = s3_environment(settings.s3, store_uri)
     # Downloaded versions, where a container that is started again still finds them.
-    cache = {"HEADWAY_CACHE": f"{RAY_TEMP}/headway"}
+    cache = {CACHE_VARIABLE: f"{RAY_TEMP}/headway"}
     return RayPod(
         component="server",
         labels={SERVICE_LABEL: name},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -230,16 +229,6 @@ def test_without_torch_and_transformers_the_reason_says_what_to_install(tmp_path
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     expected = "counting the parameters of 'llama' needs torch and transformers: pip install 'headway[train]'"
     assert done.stdout.strip() == expected
-
-
-def test_the_cache_folder_follows_its_variable() -> None:
-    program = "from orchestrator.sizing import cache_folder; print(cache_folder())"
-    for value, expected in (("/somewhere", "/somewhere"), ("", str(Path.home() / ".cache" / "headway"))):
-        environment = {**os.environ, "HEADWAY_CACHE": value}
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
-        )
-        assert done.stdout.strip() == expected
 
 
 # --- safetensors headers

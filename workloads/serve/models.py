@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +15,6 @@ from workloads.serve.classifier import Classifier
 from workloads.serve.engine import Engine
 from workloads.serve.engines import load_engine
 from workloads.serve.warm_up import warm_up
-
-CACHE_VARIABLE = "HEADWAY_CACHE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +81,3 @@ class StoredModels:
 
     def warm_up(self, engine: Engine | Classifier) -> float:
         return warm_up(engine, max_s=self.max_warm_up_s)
-
-
-def cache_directory() -> Path:
-    """Where this node keeps what it downloaded: ``HEADWAY_CACHE``, else ``~/.cache/headway``."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return Path(root) if root else Path.home() / ".cache" / "headway"

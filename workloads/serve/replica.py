@@ -15,6 +15,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
+from orchestrator.node_cache import cache_directory
 from orchestrator.release.versions import Version
 from orchestrator.store import open_store
 from workloads.serve import http
@@ -27,7 +28,7 @@ from workloads.serve.forward import forward, parts
 from workloads.serve.keys import ApiKeys
 from workloads.serve.loaded import Loaded
 from workloads.serve.loads import Loads
-from workloads.serve.models import StoredModels, cache_directory
+from workloads.serve.models import StoredModels
 from workloads.serve.openai_api import ApiError
 from workloads.serve.reporter import Reporter
 from workloads.serve.reports import ReplicaReport, Reply

@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 
+from orchestrator.node_cache import cache_directory
 from orchestrator.release.versions import download_version, read_version
 from orchestrator.store import open_store
-from workloads.serve.models import cache_directory
 
 
 class VersionServer(LLMServer):  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.dataset.cache import cache_directory
+from orchestrator.node_cache import cache_directory
 from orchestrator.pretrained.assets import fetch_assets
 from orchestrator.pretrained.format import BaseManifest, read_base
 from orchestrator.spec import RunSpec

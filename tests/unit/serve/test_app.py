@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from orchestrator import __version__
 from orchestrator.errors import UsageError
 from workloads.serve import app
-from workloads.serve.models import cache_directory
 from workloads.serve.replica import why_nothing
 from workloads.serve.settings import ServeSettings
 
@@ -37,13 +35,6 @@ def test_another_version_of_headway_is_refused() -> None:
 
 def test_build_gives_an_application_without_a_cluster() -> None:
     assert type(app.build({"model": "lm", "num_replicas": "2"})).__name__ == "Application"
-
-
-def test_the_cache_is_where_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADWAY_CACHE", "/somewhere")
-    assert cache_directory() == Path("/somewhere")
-    monkeypatch.delenv("HEADWAY_CACHE")
-    assert cache_directory() == Path.home() / ".cache/headway"
 
 
 @pytest.mark.parametrize(
