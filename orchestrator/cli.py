@@ -188,6 +188,7 @@ def run_here(
     first_attempt: Annotated[int | None, typer.Option(help="Where jobs are restarted: the first attempt.")] = None,
     max_attempts: Annotated[int | None, typer.Option(help="Where jobs are restarted: attempts in all.")] = None,
     edition: Annotated[int | None, typer.Option(help="Of the run; default the newest.", min=0)] = None,
+    run_id: Annotated[str | None, typer.Option("--run", help="As it was submitted; default by the data now.")] = None,
     json: Json = False,
 ) -> None:
     """Execute a run inside a Ray job; what submit and `ray job submit … -- headway run FILE` start."""
@@ -197,7 +198,7 @@ def run_here(
         raise UsageError("--first-attempt and --max-attempts are given together, or not at all.")
     attempts = (first_attempt, max_attempts) if first_attempt is not None and max_attempts is not None else None
     reporter = Reporter(json_mode=json)
-    reporter.result(*command(run_file, store, attempts, reporter, edition=edition))
+    reporter.result(*command(run_file, store, attempts, reporter, edition=edition, run_id=run_id))
 
 
 @app.command()

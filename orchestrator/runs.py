@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.checkpoint.catalog import find
-from orchestrator.dataset.format import DatasetManifest, find_dataset
+from orchestrator.dataset.format import DatasetManifest, find_dataset, read_manifest
 from orchestrator.dataset.given import GivenTokenizer, read_given
 from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
-from orchestrator.errors import NotFound, SpecError
+from orchestrator.errors import IntegrityError, NotFound, RunError, SpecError
 from orchestrator.package import code_digest
+from orchestrator.pretrained.format import read_base
 from orchestrator.pretrained.source import BaseSource, list_base
 from orchestrator.spec import RunSpec, run_id
-from orchestrator.store import Store
+from orchestrator.store import Store, layout
 from orchestrator.store.editions import newest_edition
 
 
@@ -30,7 +31,7 @@ class RunIdentity:
     files: tuple[SourceFile, ...] = ()
     """The source's files, where the data is to be prepared."""
     dataset: DatasetManifest | None = None
-    """The dataset, where the run file names one prepared before."""
+    """The dataset, where the run file names one prepared before, or an earlier attempt has prepared it."""
     base: BaseSource | None = None
     """The pretrained model that the run file names, not copied yet."""
     tokenizer: GivenTokenizer | None = None
@@ -74,6 +75,58 @@ def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: i
         tokenizer=tokenizer,
     )
     return in_edition(first, spec, newest_edition(store, first.run_id) if edition is None else edition)
+
+
+def identity_of(begun: str, spec: RunSpec, store: Store, working_directory: Path, *, edition: int) -> RunIdentity:
+    """The identity of a run that was submitted as ``begun``, for whoever goes on with it later.
+
+    A source may have grown meanwhile, or be gone. What an earlier attempt has brought into the store is taken from
+    there; what it has not has to be as it was.
+
+    Raises:
+        RunError: it is not. What :func:`identify` raises.
+    """
+    standing = _in_store(begun, spec, store, working_directory, edition)
+    if standing is not None:
+        return standing
+    found = identify(spec, store, working_directory, edition=edition)
+    if found.run_id != begun:
+        raise RunError(
+            f"{begun} cannot be made any more: what its run file names has changed since it was submitted, and was not "
+            "in the store yet.",
+            next_step="Submit the run file again: what is there now makes another run.",
+        )
+    return found
+
+
+def _in_store(begun: str, spec: RunSpec, store: Store, working_directory: Path, edition: int) -> RunIdentity | None:
+    """The identity by what an earlier attempt recorded, where its dataset and its pretrained model are in the store."""
+    code = code_digest(working_directory) if spec.user_code else ""
+    name = spec.name if spec.data.train is not None else (spec.data.dataset or "").partition("@")[0]
+    base = None
+    try:
+        recorded = store.get_json(layout.run_spec(begun))
+        dataset = read_manifest(store, name, recorded["dataset_fingerprint"])
+        if spec.model.pretrained is not None:
+            manifest = read_base(store, recorded["base_fingerprint"])
+            base = BaseSource(uri=manifest.uri, fingerprint=manifest.fingerprint, tokenizer_fingerprint="", files=())
+    except (NotFound, IntegrityError, KeyError, TypeError):  # identify() finds what is wrong, if anything is
+        return None
+    made_of = {
+        "dataset_fingerprint": dataset.fingerprint,
+        "code_digest": code,
+        "base_fingerprint": base.fingerprint if base is not None else "",
+    }
+    if run_id(spec, **made_of, edition=edition) != begun:
+        return None
+    return RunIdentity(
+        run_id=begun,
+        edition=edition,
+        dataset_fingerprint=dataset.fingerprint,
+        code_digest=code,
+        dataset=dataset,
+        base=base,
+    )
 
 
 def in_edition(first: RunIdentity, spec: RunSpec, edition: int) -> RunIdentity:

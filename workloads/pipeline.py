@@ -36,7 +36,7 @@ from orchestrator.record.report import leave_report
 from orchestrator.release.gate import GateDecision, Serving
 from orchestrator.release.outcome import Outcome, commit_outcome, read_outcome
 from orchestrator.release.versions import CheckpointSource, DatasetSource, Version
-from orchestrator.runs import RunIdentity, identify
+from orchestrator.runs import RunIdentity, identify, identity_of
 from orchestrator.spec import RunSpec
 from orchestrator.store import Attempt, Store, claim_attempt, layout
 from orchestrator.store.attempts import (
@@ -57,6 +57,7 @@ from workloads.in_run_evaluation import last_step
 from workloads.judge import Judge
 from workloads.notices import Notices, is_the_last
 from workloads.prepare import prepare_identified
+from workloads.prepare.assemble import require_good
 from workloads.prepare.vocabulary import require_vocabulary_of
 from workloads.pretrained_model import check as check_pretrained
 from workloads.release import release_version
@@ -77,12 +78,14 @@ def run(
     say: Callable[[str], None],
     allowance: Allowance | None = None,
     edition: int | None = None,
+    run_id: str | None = None,
 ) -> Outcome:
     """Bring a run to its outcome, from wherever it stands.
 
     Args:
         allowance: the attempts that this job may make; None sets no limit.
         edition: of the run; None is the newest that the store knows.
+        run_id: of the run that was submitted, whose sources may have changed by now; None is the run of what is there.
 
     Raises:
         Interrupted: it was asked to stop. Fenced: another job took over. AttemptsUsedUp: by the allowance. Any other
@@ -90,7 +93,10 @@ def run(
         changes, a RunError, is no exception here but the run's outcome.
     """
     require_conditional_writes(store)
-    identity = identify(spec, store, working_directory, edition=edition)
+    if run_id is None:
+        identity = identify(spec, store, working_directory, edition=edition)
+    else:
+        identity = identity_of(run_id, spec, store, working_directory, edition=edition or 0)
     notices = Notices(settings=spec.notify, store=store, run_id=identity.run_id)
     standing = read_outcome(store, identity.run_id)
     if standing is not None:
@@ -191,7 +197,9 @@ class Pipeline:
 
     def _prepare(self) -> DatasetManifest:
         if self.identity.dataset is not None:
-            if self.base is not None:
+            if self.spec.data.train is not None:  # an earlier attempt has prepared it
+                require_good(self.spec.data, self.identity.dataset)
+            elif self.base is not None:
                 require_vocabulary_of(self.base, self.identity.dataset, self.store)
             return self.identity.dataset
         dataset = prepare_identified(self.spec, self.identity, self.store, base=self.base, say=self.say)

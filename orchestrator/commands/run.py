@@ -35,6 +35,7 @@ def run(
     reporter: Reporter,
     *,
     edition: int | None = None,
+    run_id: str | None = None,
     await_end: Callable[[], object] = lambda: time.sleep(_END_S),
 ) -> Result:
     """Bring the run to its outcome on the Ray cluster that this process is part of.
@@ -43,15 +44,16 @@ def run(
         attempts: given where a failed job is started again on a new cluster, as by KubeRay. Then this ends with 0
             wherever another start would change nothing; what the run came to is read in the store.
         edition: of the run; None is the newest that the store knows.
+        run_id: as the run was submitted; None is the run of what the run file names now.
         await_end: waits for the end of this pod, with all of its processes. A job that ended before it would count as
             failed, while one whose head is gone is started again and does not count.
     """
     if attempts is None:
-        outcome = _run(run_file, store_uri, None, edition, reporter)
+        outcome = _run(run_file, store_uri, None, edition, run_id, reporter)
         outcome.raise_unless_done()
     else:
         try:
-            outcome = _run(run_file, store_uri, attempts, edition, reporter)
+            outcome = _run(run_file, store_uri, attempts, edition, run_id, reporter)
         except HeadwayError as e:
             if isinstance(e, Displaced):
                 reporter.error(e)
@@ -71,7 +73,12 @@ def _would_go_on_elsewhere(error: HeadwayError) -> bool:
 
 
 def _run(
-    run_file: Path, store_uri: str | None, attempts: Attempts | None, edition: int | None, reporter: Reporter
+    run_file: Path,
+    store_uri: str | None,
+    attempts: Attempts | None,
+    edition: int | None,
+    run_id: str | None,
+    reporter: Reporter,
 ) -> Outcome:
     spec = load(run_file)
     store = find_store(store_uri, patience=PATIENT)
@@ -91,5 +98,6 @@ def _run(
         say=reporter.say,
         allowance=allowance,
         edition=edition,
+        run_id=run_id,
     )
     return outcome

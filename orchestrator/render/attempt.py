@@ -19,7 +19,7 @@ class AttemptRequest(RequestedJob):
 
     @property
     def command(self) -> list[str]:
-        return ["headway", "run", self.run_file, "--edition", str(self.edition)]
+        return ["headway", "run", self.run_file, "--run", self.run_id, "--edition", str(self.edition)]
 
     @property
     def submission_id(self) -> str:

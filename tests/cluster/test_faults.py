@@ -6,11 +6,14 @@ It ends done, with the losses of the unbroken run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from orchestrator.spec import load
 from orchestrator.store.attempts import newest_attempt
+from orchestrator.store.s3 import split_uri
 from tests.cluster.installed import Installed
 from tests.cluster.layout import NAMESPACE
 from tests.cluster.runs import STEPS, Submitted, submit
@@ -61,10 +64,24 @@ def test_a_deleted_worker_pod(broken: Submitted) -> None:
     assert newest_attempt(broken.store, broken.run_id) == 1
 
 
-def test_a_deleted_head_pod(broken: Submitted) -> None:
+@contextmanager
+def grown_source(run: Submitted, directory: Path) -> Iterator[None]:
+    """With one more file where the run's data came from."""
+    bucket, folder = split_uri((load(directory / "run.yaml").data.train or "").partition("*")[0])
+    place, late = run.store.at(bucket), f"{folder}/late.py"
+    place.upload(late, b"late = True\n")
+    try:
+        yield
+    finally:
+        place.delete([late])
+
+
+def test_a_deleted_head_pod_and_a_source_that_has_grown(broken: Submitted, directory: Path) -> None:
     started = len(broken.events("training"))
-    delete_head_pod(broken)
-    broken.wait_for_step(STEPS - EVERY, group=started + 1)
+    with grown_source(broken, directory):
+        delete_head_pod(broken)
+        broken.wait_for_step(STEPS - EVERY, group=started + 1)
+    assert len(list(broken.store.list_folders("runs/"))) == 1
     assert broken.events("training")[-1]["first_step"] >= 3 * EVERY
     assert newest_attempt(broken.store, broken.run_id) == 2
 

@@ -25,7 +25,7 @@ def on_cluster(work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob]
     """
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=3)(_work)
+    task = ray.remote(num_cpus=1, max_retries=3)(_work).options(name=work.__name__)  # as the dashboard counts them
     waiting = [task.remote(work, job) for job in jobs]
     try:
         while waiting:

@@ -271,7 +271,9 @@ def test_fresh_does_again_what_is_over(memory_store: MemoryStore, folder: Path) 
     assert facts["run_id"] != before
     assert facts["changed"] == {"edition": "the same done anew, as edition 1"}
     ((request, _),) = target.sent
-    assert request.manifest["spec"]["entrypoint"].startswith("headway run run.yaml --edition 1")
+    assert request.manifest["spec"]["entrypoint"].startswith(
+        f"headway run run.yaml --run {facts['run_id']} --edition 1"
+    )
     again, _ = call(folder, memory_store, target)
     assert (again["outcome"], again["run_id"]) == ("attached", facts["run_id"]), "it is the run of this file now"
 

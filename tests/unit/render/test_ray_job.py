@@ -26,6 +26,8 @@ def test_kuberay_starts_a_job_as_often_as_the_job_itself_counts() -> None:
     spec = ray_job(attempt(attempt=7), settings(max_attempts=3)).body()["spec"]
     assert shlex.split(spec["entrypoint"])[2:] == [
         "run.yaml",
+        "--run",
+        "code-lm-1a2b3c4d",
         "--edition",
         "0",
         "--first-attempt",
