@@ -1,6 +1,6 @@
 """Ends everything that a start made, also one that was interrupted, killed or crashed. Needs no record of it.
 
-Processes are known by their mark, containers by their control groups, mounts by their place under the cluster's
+Processes are known by their mark, those in containers by their root, mounts by their place under the cluster's
 directory, and the network by its names.
 """
 
@@ -18,7 +18,7 @@ from orchestrator.errors import EnvironmentUnusable
 from orchestrator.targets import processes
 from orchestrator.targets.processes import Identity
 from tests.cluster import network
-from tests.cluster.cgroups import end_cgroups
+from tests.cluster.containers import end_containers, in_containers
 from tests.cluster.layout import NODES, Layout
 from tests.cluster.mounts import unmount_under
 from tests.cluster.nodes import remove_containers
@@ -45,7 +45,7 @@ def end_everything(layout: Layout) -> int:
     marked = processes.marked(layout.id)
     # All but containerd first: the kubelets would start again what is ended below.
     _kill(each for each in marked if not _is_containerd(each))
-    num_in_containers = end_cgroups([layout.machine(node) for node in NODES])
+    num_in_containers = end_containers(layout.directory)
     for node in NODES:
         if _is_served(layout.socket(node)):
             # A shim whose containers are forgotten goes by itself; its mark ends it where that fails.
@@ -63,7 +63,8 @@ def end_everything(layout: Layout) -> int:
 
 def left_behind(layout: Layout) -> bool:
     """Whether anything of a start is there."""
-    return bool(processes.marked(layout.id) or network.existing_namespaces(layout) or layout.run.exists())
+    running = processes.marked(layout.id) or in_containers(layout.directory)
+    return bool(running or network.existing_namespaces(layout) or layout.run.exists())
 
 
 def _is_containerd(process: Identity) -> bool:
