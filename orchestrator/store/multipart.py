@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.store.client import PART_BYTES
@@ -16,6 +17,16 @@ MAX_PARTS = 10_000
 """What S3 takes of one object (Amazon S3 User Guide, "Multipart upload limits")."""
 STREAM_CONCURRENCY = 2
 """Parts of a stream under way at once; one more is being gathered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedUpload:
+    """A multipart upload that was neither completed nor aborted: its parts take space, and no listing shows them."""
+
+    key: str
+    upload_id: str
+    started_s: float
+    """By the server's clock, seconds since the epoch."""
 
 
 class ViewFile(io.RawIOBase):

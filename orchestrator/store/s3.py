@@ -35,7 +35,7 @@ from orchestrator.store.client import (
     transfer_config,
     translated,
 )
-from orchestrator.store.multipart import ViewFile, part_size, upload_stream
+from orchestrator.store.multipart import UnfinishedUpload, ViewFile, part_size, upload_stream
 
 __all__ = [
     "PART_BYTES",
@@ -66,16 +66,6 @@ class ObjectInfo:
     size_bytes: int
     etag: str
     modified_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnfinishedUpload:
-    """A multipart upload that was neither completed nor aborted: its parts take space, and no listing shows them."""
-
-    key: str
-    upload_id: str
-    started_s: float
-    """By the server's clock, seconds since the epoch."""
 
 
 class Store:
@@ -145,11 +135,7 @@ class Store:
         return self._get(key, _span(start, num_bytes)) if num_bytes else b""
 
     def get_unchanged(self, key: str, etag: str, *, start: int = 0, num_bytes: int | None = None) -> bytes:
-        """As :meth:`get` or :meth:`get_range`, of an object that others may write over.
-
-        Raises:
-            IntegrityError: its ETag is another by now.
-        """
+        """As :meth:`get` or :meth:`get_range`; an IntegrityError where the object's ETag is another by now."""
         if num_bytes == 0:
             return b""
         span = {} if num_bytes is None else _span(start, num_bytes)
