@@ -112,21 +112,20 @@ def _in_store(begun: str, spec: RunSpec, store: Store, working_directory: Path, 
             base = BaseSource(uri=manifest.uri, fingerprint=manifest.fingerprint, tokenizer_fingerprint="", files=())
     except (NotFound, IntegrityError, KeyError, TypeError):  # identify() finds what is wrong, if anything is
         return None
-    made_of = {
-        "dataset_fingerprint": dataset.fingerprint,
-        "code_digest": code,
-        "base_fingerprint": base.fingerprint if base is not None else "",
-    }
-    if run_id(spec, **made_of, edition=edition) != begun:
-        return None
-    return RunIdentity(
-        run_id=begun,
-        edition=edition,
+    first = RunIdentity(
+        run_id=run_id(
+            spec,
+            dataset_fingerprint=dataset.fingerprint,
+            code_digest=code,
+            base_fingerprint=base.fingerprint if base is not None else "",
+        ),
         dataset_fingerprint=dataset.fingerprint,
         code_digest=code,
         dataset=dataset,
         base=base,
     )
+    found = in_edition(first, spec, edition)
+    return found if found.run_id == begun else None
 
 
 def in_edition(first: RunIdentity, spec: RunSpec, edition: int) -> RunIdentity:

@@ -17,14 +17,14 @@ from workloads.metrics import Listener, restart_counter
 from workloads.stalled import asking, told_when_stalled
 from workloads.watchdog import LastStep, guarded
 
+if TYPE_CHECKING:
+    from workloads.train import TrainJob
+
 _MEMORY_SHORT = re.compile(
     r"Memory on the node \(IP: (?P<ip>[^,]+), .*?was (?P<used>[\d.]+)GB used / (?P<limit>[\d.]+)GB"
 )
 """Of ``OutOfMemoryError``, as Ray's raylet words it."""
 _KILLED = re.compile(r"^Selected to kill: .*? task name=(?:[^,]*:)?([^,:]+?)(?:\.__init__)?,", re.MULTILINE)
-
-if TYPE_CHECKING:
-    from workloads.train import TrainJob
 
 
 def connect(say: Callable[[str], None]) -> str:
