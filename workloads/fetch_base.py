@@ -28,6 +28,7 @@ from orchestrator.store import Store, layout, open_store
 logger = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_MAX_CANCEL_S = 30.0
 
 
 class Runner(Protocol):
@@ -67,7 +68,10 @@ def one_by_one(work: Callable[[Job, Store], Result], jobs: Sequence[Job], store:
 
 
 def as_ray_tasks(work: Callable[[Job, Store], Result], jobs: Sequence[Job], store: Store) -> list[Result]:
-    """A :data:`Runner` that has all jobs done at once, as far as the cluster has CPUs for them."""
+    """A :data:`Runner` that has all jobs done at once, as far as the cluster has CPUs for them.
+
+    After an error no job goes on: what the caller deletes then stays deleted.
+    """
     import ray
 
     tasks = [ray.remote(num_cpus=1)(_in_task).remote(work, job, store.uri) for job in jobs]
@@ -76,6 +80,7 @@ def as_ray_tasks(work: Callable[[Job, Store], Result], jobs: Sequence[Job], stor
     except BaseException:
         for task in tasks:
             ray.cancel(task, force=True)
+        ray.wait(tasks, num_returns=len(tasks), timeout=_MAX_CANCEL_S)  # their processes end a moment later
         raise
     return done
 

@@ -1,4 +1,4 @@
-"""A real S3 server for the session and a fresh store in it for each test; and an embedded stack for the session."""
+"""A real S3 server and an embedded stack for the session, a small Ray for a module, a fresh store for each test."""
 
 from __future__ import annotations
 
@@ -48,6 +48,29 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def store(s3: S3Server) -> Store:
     return open_store(f"s3://{BUCKET}/{secrets.token_hex(6)}")
+
+
+@pytest.fixture(scope="module")
+def ray_of_two(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A local Ray of two CPUs; without the server there would be nothing for its tasks to read."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADWAY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else ray.init leaves a token mode in this process's environment
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace="headway-tests",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @pytest.fixture(scope="session")

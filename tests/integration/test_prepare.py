@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from orchestrator.pretrained.format import read_base
 from orchestrator.runs import identify
 from orchestrator.spec import DataSpec
 from orchestrator.store import Store, layout, open_store
-from orchestrator.targets.seaweedfs import S3Server
 from tests.unit.workloads import chat_templates as templates
 from tests.unit.workloads.bases import run_spec, save_base
 from tests.unit.workloads.preparing import json_lines
@@ -49,29 +46,6 @@ class Base:
 
     directory: Path
     trust_remote_code: bool = False
-
-
-@pytest.fixture(scope="module")
-def ray_of_two(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A local Ray of two CPUs; without the server there would be nothing for its tasks to read."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HEADWAY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # else ray.init leaves a token mode in this process's environment
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=100 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            namespace="headway-tests",
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
