@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.checkpoint.catalog import find
 from orchestrator.dataset.format import DatasetManifest, find_dataset, read_manifest
 from orchestrator.dataset.given import GivenTokenizer, read_given
+from orchestrator.dataset.listing import kept_listing
 from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
 from orchestrator.errors import IntegrityError, NotFound, RunError, SpecError
 from orchestrator.package import code_digest
@@ -38,11 +40,19 @@ class RunIdentity:
     """What ``data.tokenizer`` names."""
 
 
-def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: int | None = None) -> RunIdentity:
+def identify(
+    spec: RunSpec,
+    store: Store,
+    working_directory: Path,
+    *,
+    edition: int | None = None,
+    listed: Sequence[SourceFile] | None = None,
+) -> RunIdentity:
     """Find out which run this is; what lies in S3 is listed, not read, but for a tokenizer that is given.
 
     Args:
         edition: None is the newest that the store knows.
+        listed: the files of ``data.train``, where they were listed before.
 
     Raises:
         EmptySource, SpecError: there is no such data, no such pretrained model, or no such checkpoint to start from.
@@ -54,7 +64,8 @@ def identify(spec: RunSpec, store: Store, working_directory: Path, *, edition: i
     tokenizer = read_given(spec.data, store)
     code = code_digest(working_directory) if spec.user_code else ""
     if spec.data.train is not None:
-        files = tuple(list_source(spec.data.train, store, tree=spec.data.format == "source"))
+        found = list_source(spec.data.train, store, tree=spec.data.format == "source") if listed is None else listed
+        files = tuple(found)
         fingerprint = source_fingerprint(spec.data, list(files), _tokenizer_fingerprint(base, tokenizer))
         dataset = None
     else:
@@ -81,7 +92,7 @@ def identity_of(begun: str, spec: RunSpec, store: Store, working_directory: Path
     """The identity of a run that was submitted as ``begun``, for whoever goes on with it later.
 
     A source may have grown meanwhile, or be gone. What an earlier attempt has brought into the store is taken from
-    there; what it has not has to be as it was.
+    there. Of a source in S3 the files are those of the listing that was kept. All else has to be as it was.
 
     Raises:
         RunError: it is not. What :func:`identify` raises.
@@ -89,7 +100,7 @@ def identity_of(begun: str, spec: RunSpec, store: Store, working_directory: Path
     standing = _in_store(begun, spec, store, working_directory, edition)
     if standing is not None:
         return standing
-    found = identify(spec, store, working_directory, edition=edition)
+    found = identify(spec, store, working_directory, edition=edition, listed=kept_listing(store, begun))
     if found.run_id != begun:
         raise RunError(
             f"{begun} cannot be made any more: what its run file names has changed since it was submitted, and was not "

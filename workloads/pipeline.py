@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.checkpoint.catalog import committed_steps, newest_to_commit
 from orchestrator.dataset.format import DatasetManifest
+from orchestrator.dataset.listing import keep_listing
 from orchestrator.errors import (
     AlreadyExists,
     AttemptFailed,
@@ -373,10 +374,9 @@ def _record_spec(store: Store, spec: RunSpec, identity: RunIdentity) -> None:
         "base_fingerprint": identity.base.fingerprint if identity.base is not None else "",
         "headway": __version__,
     }
-    try:
+    with suppress(AlreadyExists):  # the first one stands; later ones differ only in what does not change the weights
         store.create_json(layout.run_spec(identity.run_id), facts)
-    except AlreadyExists:
-        return  # the first one stands; later ones differ only in what does not change the weights
+    keep_listing(store, identity.run_id, identity.files)
 
 
 def _record_end(store: Store, attempt: Attempt, events: EventLog, error: BaseException) -> None:

@@ -12,6 +12,7 @@ from orchestrator.commands.context import find_store, find_target, is_kubernetes
 from orchestrator.commands.request import build_request, free_repeat, hand_over
 from orchestrator.commands.sender import caller, ci_job
 from orchestrator.commands.watch import Watched, watch
+from orchestrator.dataset.listing import keep_listing
 from orchestrator.errors import SpecError, StoreError, TimedOut
 from orchestrator.release.outcome import Outcome, read_outcome
 from orchestrator.render import submission_id
@@ -95,7 +96,7 @@ def send(
     prepared = build_request(spec, run_file, store, target, directory=directory, identity=identity)
     submission = hand_over(identity.run_id, prepared.request, prepared.package, target, reporter)
     if submission.created:
-        _record(store, identity.run_id, submission.submission_id, target, reporter)
+        _record(store, identity, submission.submission_id, target, reporter)
     return Sent(
         run_id=identity.run_id,
         submission_id=submission.submission_id,
@@ -104,13 +105,17 @@ def send(
     )
 
 
-def _record(store: Store, run_id: str, submission_id: str, target: Target[Any], reporter: Reporter) -> None:
-    """Say in the run's record who sent it and when; the run does not depend on it."""
+def _record(store: Store, identity: RunIdentity, submission_id: str, target: Target[Any], reporter: Reporter) -> None:
+    """Say in the run's record who sent it and when, and keep the source's listing; the run does not depend on it."""
     facts = {"by": caller(), "target": target.flag.rpartition(" ")[2] or "local", "ci": ci_job(os.environ)}
     try:
-        store.create_json(layout.submission(run_id, submission_id), {"submitted_s": time.time(), **facts})
+        store.create_json(layout.submission(identity.run_id, submission_id), {"submitted_s": time.time(), **facts})
     except StoreError as e:
         reporter.say(f"Who sent it is not in the run's record: {e}")
+    try:
+        keep_listing(store, identity.run_id, identity.files)
+    except StoreError as e:
+        reporter.say(f"The source's listing is not kept, so the source must not change until the run begins: {e}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,10 @@ def run_spec(run_id: str) -> str:
     return f"runs/{run_id}/spec.json"
 
 
+def run_source(run_id: str) -> str:
+    return f"runs/{run_id}/source.json.gz"
+
+
 def outcome(run_id: str) -> str:
     return f"runs/{run_id}/outcome.json"
 

@@ -76,7 +76,7 @@ def refused_and_not_finite(
 
 @pytest.mark.full
 def test_of_two_runs_that_need_all_gpus_one_starts_and_the_other_says_why_it_waits(
-    cluster: Installed, refused_and_not_finite: tuple[Submitted, Submitted]
+    cluster: Installed, refused_and_not_finite: tuple[Submitted, Submitted], small_prefix: str
 ) -> None:
     runs = {run.name: run for run in refused_and_not_finite}
     ours = lambda: [job for job in cluster.objects("rayjobs") if job["metadata"]["name"].startswith(tuple(runs))]  # noqa: E731
@@ -88,6 +88,8 @@ def test_of_two_runs_that_need_all_gpus_one_starts_and_the_other_says_why_it_wai
     held.wait_for_line("waiting: queued in headway, place ", "insufficient unused quota for nvidia.com/gpu")
     pods = cluster.objects("pods", f"headway.dev/component=trainer,ray.io/cluster={waiting}")
     assert pods == [], "it holds nothing while it waits"
+    place = open_store_with(cluster.settings(f"demo/{small_prefix}"))
+    place.upload("late.txt", b"a file that the waiting run was not submitted with")
 
 
 @pytest.mark.full  # these two are one story: what the first leaves in the queue ends in the second
@@ -100,6 +102,7 @@ def test_a_gate_refusal_and_a_loss_that_is_not_finite_start_no_second_cluster(
     said = not_finite.finish()
     assert (said.code, "failed for good: The loss became " in said.err) == (1, True), said.err
     for run in refused_and_not_finite:
+        assert "listing is not kept" not in run.err
         run.wait_until_gone()  # the outcome is in the store, and seen, before KubeRay has heard of its end
         (job,) = run.ray_jobs()
         status = job["status"]

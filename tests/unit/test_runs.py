@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from orchestrator.dataset.listing import keep_listing, kept_listing
 from orchestrator.errors import EmptySource, RunError
 from orchestrator.pretrained.source import list_base
 from orchestrator.runs import RunIdentity, identify, identity_of
@@ -43,20 +45,60 @@ def begin(spec: RunSpec, store: MemoryStore, folder: Path, *, edition: int = 0) 
     return found
 
 
-def test_before_anything_is_prepared_the_source_has_to_be_as_it_was(
-    memory_store: MemoryStore, corpus: MemoryStore, tmp_path: Path
+def test_before_anything_is_prepared_a_source_on_disk_has_to_be_as_it_was(
+    memory_store: MemoryStore, tmp_path: Path
 ) -> None:
-    spec = spec_of(GROWING)
+    (tmp_path / "a.txt").write_text("text")
+    spec = spec_of({"train": f"{tmp_path}/*.txt"})
     begun = identify(spec, memory_store, tmp_path, edition=0)
     assert identity_of(begun.run_id, spec, memory_store, tmp_path, edition=0) == begun
     begin(spec, memory_store, tmp_path)
     assert identity_of(begun.run_id, spec, memory_store, tmp_path, edition=0) == begun
-    corpus.upload("b.txt", b"more")
+    (tmp_path / "b.txt").write_text("more")
     with pytest.raises(RunError, match=f"{begun.run_id} cannot be made any more") as caught:
         identity_of(begun.run_id, spec, memory_store, tmp_path, edition=0)
     assert "Submit the run file again" in caught.value.next_step
-    corpus.delete(["b.txt"])
+    (tmp_path / "b.txt").unlink()
     assert identity_of(begun.run_id, spec, memory_store, tmp_path, edition=0) == begun
+
+
+@pytest.mark.parametrize("edition", [0, 2])
+def test_a_source_in_s3_may_grow_before_anything_is_prepared(
+    memory_store: MemoryStore, corpus: MemoryStore, tmp_path: Path, edition: int
+) -> None:
+    spec = spec_of(GROWING)
+    begun = identify(spec, memory_store, tmp_path, edition=edition)
+    keep_listing(memory_store, begun.run_id, begun.files)
+    corpus.upload("b.txt", b"more")
+    assert identity_of(begun.run_id, spec, memory_store, tmp_path, edition=edition) == begun
+    grown = identify(spec, memory_store, tmp_path, edition=edition)
+    assert grown.run_id != begun.run_id
+    keep_listing(memory_store, begun.run_id, grown.files)
+    assert kept_listing(memory_store, begun.run_id) == begun.files  # the first one stands
+
+
+LISTING = gzip.compress(b'[{"uri": "s3://corpus/a.txt"}]')
+
+
+@pytest.mark.parametrize("damage", [b"", b"no gzip", LISTING[:-3], LISTING[:10] + b"\xff" + LISTING[11:], LISTING])
+def test_a_listing_that_cannot_be_read_is_none(
+    memory_store: MemoryStore, corpus: MemoryStore, tmp_path: Path, damage: bytes
+) -> None:
+    spec = spec_of(GROWING)
+    begun = begin(spec, memory_store, tmp_path)
+    memory_store.tamper(layout.run_source(begun.run_id), damage)
+    assert identity_of(begun.run_id, spec, memory_store, tmp_path, edition=0) == begun
+
+
+def test_the_listing_of_another_run_is_not_followed(
+    memory_store: MemoryStore, corpus: MemoryStore, tmp_path: Path
+) -> None:
+    spec = spec_of(GROWING)
+    begun = identify(spec, memory_store, tmp_path, edition=0)
+    corpus.upload("b.txt", b"more")
+    keep_listing(memory_store, begun.run_id, identify(spec, memory_store, tmp_path, edition=0).files)
+    with pytest.raises(RunError, match="cannot be made any more"):
+        identity_of(begun.run_id, spec, memory_store, tmp_path, edition=0)
 
 
 @pytest.mark.parametrize("edition", [0, 2])

@@ -31,7 +31,7 @@ from orchestrator.record import EventLog
 from orchestrator.release.outcome import Outcome, commit_outcome
 from orchestrator.render import AttemptRequest, RayJobRequest, ray_job
 from orchestrator.reporter import Reporter
-from orchestrator.runs import identify
+from orchestrator.runs import identify, identity_of
 from orchestrator.spec import ResourcesSpec, RunSpec, parse
 from orchestrator.starter import STARTER
 from orchestrator.store import Attempt, claim_attempt
@@ -195,6 +195,31 @@ def test_it_is_found_by_its_id_and_by_its_name(memory_store: MemoryStore, folder
         assert resolve_submitted(memory_store, target, name) == found.run_id
     with pytest.raises(UsageError, match="There is no run 'other'"):
         resolve_submitted(memory_store, target, "other")
+
+
+def test_its_source_may_grow(memory_store: MemoryStore, folder: Path) -> None:
+    corpus = memory_store.at("corpus")
+    corpus.upload("a.txt", b"text")
+    spec = parse(document(data={"train": "s3://corpus/**"}))
+    found = send(spec, folder / "run.yaml", memory_store, FakeTarget(), Reporter(), directory=folder)
+    corpus.upload("b.txt", b"more")
+    waited = identity_of(found.run_id, spec, memory_store, folder, edition=0)
+    assert (waited.run_id, [file.path for file in waited.files]) == (found.run_id, ["a.txt"])
+
+
+def test_a_listing_that_cannot_be_kept_stops_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class NoListing(MemoryStore):
+        def create(self, key: str, data: bytes) -> None:
+            if key.endswith("/source.json.gz"):
+                raise StoreError("S3 answered AccessDenied.")
+            super().create(key, data)
+
+    store = NoListing()
+    store.at("corpus").upload("a.txt", b"text")
+    spec = parse(document(data={"train": "s3://corpus/**"}))
+    assert not send(spec, folder / "run.yaml", store, FakeTarget(), Reporter(), directory=folder).attached
+    said = capsys.readouterr().err
+    assert "the source must not change until the run begins: S3 answered AccessDenied." in said
 
 
 def test_it_is_stopped_without_a_request_that_would_stop_the_next_attempt(
