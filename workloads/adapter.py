@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from torch import nn
 from orchestrator.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BaseReference, plain_name
 from orchestrator.checkpoint.base import open_base
 from orchestrator.errors import IntegrityError
-from orchestrator.release.versions import VersionFile, download_files, matches
+from orchestrator.release.download import download_cached
+from orchestrator.release.versions import VersionFile
 from orchestrator.store import Store
 
 
@@ -73,8 +73,6 @@ def _other_base(directory: Path, base: Path, reason: str) -> IntegrityError:
 def download_base(store: Store, reference: BaseReference, cache_directory: Path) -> Path:
     """The pretrained model that an adapter needs as a whole Hugging Face directory on this node.
 
-    What is there already is verified, and fetched again where it does not match.
-
     Raises:
         IntegrityError: it is gone from the store, another, or damaged. EnvironmentUnusable: the disk is full.
     """
@@ -84,8 +82,5 @@ def download_base(store: Store, reference: BaseReference, cache_directory: Path)
         for part in (manifest.files, manifest.weights)
         for name, file in part.items()
     }
-    directory = cache_directory / "bases" / f"{manifest.fingerprint}-{manifest.digest[:16]}-whole"
-    if not matches(directory, files):
-        shutil.rmtree(directory, ignore_errors=True)
-        download_files(store, manifest.prefix, files, directory)
-    return directory
+    directory = cache_directory / "pretrained" / f"{manifest.fingerprint}-{manifest.digest[:16]}"
+    return download_cached(store, manifest.prefix, files, directory)

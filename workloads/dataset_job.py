@@ -27,7 +27,7 @@ def prepare_dataset(
     A pretrained model, whose tokenizer the data gets, is copied into the store first, as a run would do.
 
     Raises:
-        RunError: too much of the source is bad. Any other HeadwayError: the next call goes on from what was made.
+        HeadwayError: the next call goes on from what was made.
     """
     require_conditional_writes(store)
     identity = identify(spec, store, working_directory, edition=0)

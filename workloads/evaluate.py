@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +19,8 @@ from orchestrator.dataset.reader import TokenReader, require_samples
 from orchestrator.errors import RunError
 from orchestrator.node_cache import cache_directory
 from orchestrator.pretrained.format import read_base
-from orchestrator.release.versions import Version, VersionFile, download_files
+from orchestrator.release.download import download_cached
+from orchestrator.release.versions import Version, VersionFile, files_digest
 from orchestrator.spec import RunSpec
 from orchestrator.store import Store, layout, open_store
 from workloads.adapter import download_base
@@ -195,10 +194,8 @@ def _load(job: EvaluationJob, store: Store, task: Task) -> torch.nn.Module:
     if found is None:
         return task.load_model(download_base(store, read_base(store, job.base).reference, cache_directory()))
     whole = download_base(store, found.base, cache_directory()) if found.base is not None else None
-    with tempfile.TemporaryDirectory(prefix="headway-evaluate-") as folder:
-        directory = Path(folder) / "model"
-        download_files(store, found.prefix, found.files, directory)
-        return task.load_model(directory, whole)
+    directory = cache_directory() / "evaluated" / files_digest(found.files)
+    return task.load_model(download_cached(store, found.prefix, found.files, directory), whole)
 
 
 def summed(

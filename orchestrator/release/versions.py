@@ -9,17 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from orchestrator.checkpoint.adapter import BaseReference
-from orchestrator.errors import EnvironmentUnusable, IntegrityError, NotFound
+from orchestrator.errors import IntegrityError, NotFound
 from orchestrator.spec import canonical_json
 from orchestrator.store import layout
 from orchestrator.store.s3 import Store
@@ -27,7 +24,6 @@ from orchestrator.store.s3 import Store
 FORMAT: Literal["headway/version/1"] = "headway/version/1"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _OWN_FILES = frozenset({"claim.json", "version.json"})
-_PARALLEL_FILES = 4  # each is fetched in parallel ranges besides
 
 
 class _Frozen(BaseModel):
@@ -86,9 +82,12 @@ class Version(_Frozen):
 
     @property
     def digest(self) -> str:
-        """32 hex digits of the files' names and contents."""
-        listed = {name: file.sha256 for name, file in self.files.items()}
-        return hashlib.sha256(canonical_json(listed)).hexdigest()[:32]
+        return files_digest(self.files)
+
+
+def files_digest(files: Mapping[str, VersionFile]) -> str:
+    """32 hex digits of the files' names and contents."""
+    return hashlib.sha256(canonical_json({name: file.sha256 for name, file in files.items()})).hexdigest()[:32]
 
 
 def check_names(names: Mapping[str, object]) -> None:
@@ -159,71 +158,6 @@ def list_versions(store: Store, model: str) -> list[Version]:
     return found
 
 
-def download_files(store: Store, prefix: str, files: Mapping[str, VersionFile], directory: Path) -> None:
-    """Fetch ``prefix`` + name of every file into ``directory``, which appears once all have been verified.
-
-    A directory that is there already must hold these very files; another process may have been faster.
-
-    Raises:
-        IntegrityError: a name leads out of the directory, or bytes do not match their digest.
-        NotFound: a file is missing. EnvironmentUnusable: the directory cannot be written, the disk is full.
-    """
-    try:
-        check_names(files)
-    except ValueError as e:
-        raise IntegrityError(f"{store.uri_of(prefix)} lists a file that will not be written: {e}.") from e
-    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir(parents=True)
-        with ThreadPoolExecutor(_PARALLEL_FILES, thread_name_prefix="download") as pool:
-            fetches = [
-                pool.submit(store.download, prefix + name, partial / name, sha256=file.sha256)
-                for name, file in files.items()
-            ]
-            try:
-                for fetch in fetches:
-                    fetch.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        _appear(partial, directory, files)
-    except OSError as e:
-        raise EnvironmentUnusable(
-            f"{directory} cannot be written: {e.strerror or e}.",
-            next_step="Free some space there, or set HEADWAY_CACHE to another folder.",
-        ) from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def download_version(store: Store, version: Version, cache_directory: Path) -> Path:
-    """The version's files as a local Hugging Face directory, ``<cache_directory>/<digest>``.
-
-    A cached copy is verified before it is used and fetched again where it does not match.
-
-    Raises:
-        IntegrityError, NotFound, EnvironmentUnusable: as :func:`download_files`.
-    """
-    directory = cache_directory / version.digest
-    if not matches(directory, version.files):
-        shutil.rmtree(directory, ignore_errors=True)
-        download_files(store, layout.version(version.model, version.number), version.files, directory)
-    return directory
-
-
-def matches(directory: Path, files: Mapping[str, VersionFile]) -> bool:
-    """Whether ``directory`` holds every one of ``files`` with its recorded bytes."""
-
-    def same(name: str, file: VersionFile) -> bool:
-        try:
-            with (directory / name).open("rb") as opened:
-                return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
-        except OSError:
-            return False
-
-    return all(same(name, file) for name, file in files.items())
-
-
 def first_fault(error: Exception) -> str:
     """The first fault that pydantic found, as ``field: what``."""
     if not isinstance(error, ValidationError):
@@ -231,11 +165,3 @@ def first_fault(error: Exception) -> str:
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part)[:100] for part in fault["loc"]) or "document"
     return f"{where}: {fault['msg']}"
-
-
-def _appear(partial: Path, directory: Path, files: Mapping[str, VersionFile]) -> None:
-    try:
-        partial.rename(directory)
-    except OSError:
-        if not matches(directory, files):
-            raise

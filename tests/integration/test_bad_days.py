@@ -24,8 +24,9 @@ import yaml
 from orchestrator.checkpoint.catalog import committed, committed_steps, find
 from orchestrator.errors import EnvironmentUnusable
 from orchestrator.record import EventReader
+from orchestrator.release.download import download_files
 from orchestrator.release.outcome import read_outcome
-from orchestrator.release.versions import VersionFile, download_files
+from orchestrator.release.versions import VersionFile
 from orchestrator.store import Store, layout, open_store
 from orchestrator.store.attempts import newest_attempt
 from orchestrator.targets import ports, processes

@@ -19,7 +19,7 @@ from orchestrator.checkpoint.catalog import committed_steps, find, read_manifest
 from orchestrator.checkpoint.reader import CheckpointReader, pieces_of
 from orchestrator.checkpoint.tensors import byte_view
 from orchestrator.record import EventReader
-from orchestrator.release.versions import download_files
+from orchestrator.release.download import download_files
 from orchestrator.store import ObjectInfo, Store, layout
 from orchestrator.targets.seaweedfs import S3Server
 from tests.integration.training import (

@@ -12,8 +12,9 @@ import pytest
 import transformers
 import yaml
 
+from orchestrator.release.download import download_files
 from orchestrator.release.outcome import read_outcome
-from orchestrator.release.versions import VersionFile, download_files
+from orchestrator.release.versions import VersionFile
 from orchestrator.store import Store, layout, open_store
 from orchestrator.targets.stack import Stack
 

@@ -24,7 +24,7 @@ from orchestrator.checkpoint.verify import verify
 from orchestrator.dataset.format import read_manifest as read_dataset
 from orchestrator.errors import IntegrityError, NotFound, RunError, SpecError
 from orchestrator.pretrained.format import BaseManifest
-from orchestrator.release.versions import download_files
+from orchestrator.release.download import download_files
 from orchestrator.spec import RunSpec
 from orchestrator.store import Attempt, Store, layout
 from orchestrator.targets.seaweedfs import S3Server

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.checkpoint.catalog import committed_steps, find, read_manifest
 from orchestrator.record import EventReader
-from orchestrator.release.versions import download_files
+from orchestrator.release.download import download_files
 from orchestrator.schedule import learning_rate
 from orchestrator.spec import EvaluateSpec, OptimizerSpec, RunSpec
 from orchestrator.store import Store

@@ -67,7 +67,7 @@ def prepare(
         run: how the parts are worked on.
 
     Raises:
-        RunError: too much of the source is bad, a split is empty, or the classes are not some to learn.
+        AttemptFailed: too much of the source is bad. RunError: a split is empty, or the classes are not some to learn.
         SpecError: the tokenizer is missing, or lacks what the data needs.
         IntegrityError: what an earlier try has left of this dataset is damaged.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from orchestrator import __version__
 from orchestrator.dataset.format import DatasetManifest, Lineage, Split, Tokenizer
 from orchestrator.dataset.source import SourceFile
-from orchestrator.errors import RunError
+from orchestrator.errors import AttemptFailed, RunError
 from orchestrator.spec import DataSpec
 from workloads.prepare.committed import PartDone
 from workloads.prepare.parts import SPLITS, Part, SplitName, settings_digest, stream_dtype
@@ -71,7 +71,7 @@ def assemble(
         left_out: files of a source tree that do not belong to it, by reason.
 
     Raises:
-        RunError: too much of the source is bad, or a split is empty.
+        AttemptFailed: too much of the source is bad. RunError: a split is empty.
     """
     parts = [done.part for done in gathered.parts]
     unreadable = {file.path: file.why for part in parts for file in part.unreadable}
@@ -116,7 +116,8 @@ def require_good(data: DataSpec, manifest: DatasetManifest) -> None:
     """Hold a dataset that was prepared under another limit to the one of now.
 
     Raises:
-        RunError: too much of its source is bad.
+        AttemptFailed: too much of its source is bad. The limit is no part of the run's identity, so the same run may
+        go on with another one.
     """
     _require_files(data, manifest.source)
     _require_records(data, manifest.source)
@@ -134,7 +135,7 @@ def unigram_loss(train_counts: Any, eval_counts: Any) -> float:
 
 def _require_files(data: DataSpec, source: Mapping[str, Any]) -> None:
     if source["num_skipped"] > _allowed(data, source["num_files"]):
-        raise RunError(
+        raise AttemptFailed(
             f"data: {source['num_skipped']} of {source['num_files']} files are not {data.format} in UTF-8 "
             f"({_at_most(data)}): {'; '.join(source['skipped'][:3])}.",
             next_step="Narrow data.train to the files meant, or set data.format or data.max_bad_records.",
@@ -144,7 +145,7 @@ def _require_files(data: DataSpec, source: Mapping[str, Any]) -> None:
 def _require_records(data: DataSpec, source: Mapping[str, Any]) -> None:
     num_bad, num_records = source.get("num_bad_records", 0), source.get("num_records", 0)
     if num_bad > _allowed(data, num_records):
-        raise RunError(
+        raise AttemptFailed(
             f"data: {num_bad} of {num_records} records cannot be used ({_at_most(data)}): "
             f"{'; '.join(source['bad_records'][:3])}.",
             next_step="Correct them, leave them out, or raise data.max_bad_records; docs/data.md says what a record "

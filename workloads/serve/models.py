@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.release.versions import Version, download_version
+from orchestrator.release.download import download_version
+from orchestrator.release.versions import Version
 from orchestrator.store import Store
 from workloads.adapter import download_base
 from workloads.serve import memory

@@ -8,7 +8,8 @@ from typing import Any
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 
 from orchestrator.node_cache import cache_directory
-from orchestrator.release.versions import download_version, read_version
+from orchestrator.release.download import download_version
+from orchestrator.release.versions import read_version
 from orchestrator.store import open_store
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.dataset.format import Tokenizer, is_held_out
 from orchestrator.dataset.reader import TokenReader
 from orchestrator.dataset.source import Slice, SourceFile, list_source, source_fingerprint
-from orchestrator.errors import RunError
+from orchestrator.errors import AttemptFailed, RunError
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads.preparing import prepare_with
@@ -309,7 +309,7 @@ def test_bad_files_are_counted_and_few_are_allowed(corpus: MemoryStore) -> None:
     assert manifest.counts == {"skipped_unreadable_file": 1}
     assert manifest.train.num_files + manifest.eval.num_files == 20
     corpus.at("corpus").upload("bad-1.py", b"\xff\xff")
-    with pytest.raises(RunError, match="2 of 22 files are not text in UTF-8") as caught:
+    with pytest.raises(AttemptFailed, match="2 of 22 files are not text in UTF-8") as caught:
         prepared(corpus, data(), prefix="again/")
     assert "bad-0.py: it is not UTF-8; bad-1.py: it is not UTF-8." in caught.value.message
 
@@ -328,21 +328,21 @@ def test_bad_records_are_counted_and_named_and_few_are_allowed(memory_store: Mem
         f"all.jsonl:251 {REASONS['not_text']}",
     ]
     assert manifest.counts == {"skipped_no_text": 1, "skipped_not_json": 1, "skipped_not_text": 1}
-    with pytest.raises(RunError, match=r"3 of 300 records cannot be used \(at most 0.9% may be\)") as caught:
+    with pytest.raises(AttemptFailed, match=r"3 of 300 records cannot be used \(at most 0.9% may be\)") as caught:
         prepared(memory_store, data(format="jsonl", max_bad_records=0.009), num_parts=1, prefix="again/")
     assert "all.jsonl:51 is not JSON" in caught.value.message
 
 
 def test_none_may_be_bad_where_that_is_asked(corpus: MemoryStore) -> None:
     corpus.at("corpus").upload("bad-0.py", b"\xff\xff")
-    with pytest.raises(RunError, match="1 of 21 files"):
+    with pytest.raises(AttemptFailed, match="1 of 21 files"):
         prepared(corpus, data(max_bad_records=0.0))
 
 
 def test_a_dataset_that_stands_is_held_to_the_limit_of_now(corpus: MemoryStore) -> None:
     corpus.at("corpus").upload("bad-0.py", b"\xff\xff")
     assert prepare_with(corpus, data()) == prepare_with(corpus, data())
-    with pytest.raises(RunError, match="1 of 21 files"):
+    with pytest.raises(AttemptFailed, match="1 of 21 files"):
         prepare_with(corpus, data(max_bad_records=0.0))
 
 

@@ -2,20 +2,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from orchestrator.errors import AlreadyExists, EnvironmentUnusable, IntegrityError, NotFound
+from orchestrator.release.download import download_files, download_version
 from orchestrator.release.versions import (
     CheckpointSource,
     DatasetSource,
     Version,
     VersionFile,
     claim_version,
-    download_files,
-    download_version,
     list_versions,
     publish,
     read_version,
@@ -141,7 +142,27 @@ def test_a_flipped_byte_leaves_no_directory(memory_store: MemoryStore, tmp_path:
     memory_store.delete([layout.version("lm", 1) + "model.safetensors"])
     with pytest.raises(NotFound):
         download_version(memory_store, made, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_of_many_that_want_a_version_at_once_one_downloads_it(tmp_path: Path) -> None:
+    all_at_once, downloads = Barrier(4), []
+
+    class Counting(MemoryStore):
+        def download(self, key: str, path: Path, *, sha256: str) -> None:
+            downloads.append(key)
+            super().download(key, path, sha256=sha256)
+
+    store = Counting()
+    made = released(store)
+
+    def want() -> Path:
+        all_at_once.wait()
+        return download_version(store, made, tmp_path)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {each.result() for each in [pool.submit(want) for _ in range(4)]} == {tmp_path / made.digest}
+    assert len(downloads) == len(FILES)
 
 
 @pytest.mark.parametrize("name", ["../up", "/abs", "a/b", "..", ".", "", ".hidden", "a\\b", "a\0", "x" * 300])

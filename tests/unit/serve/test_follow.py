@@ -10,7 +10,8 @@ import pytest
 from orchestrator.errors import EnvironmentUnusable, StoreError
 from orchestrator.release import channels
 from orchestrator.release.channels import Canary, ChannelStatus
-from orchestrator.release.versions import Version, download_version
+from orchestrator.release.download import download_version
+from orchestrator.release.versions import Version
 from orchestrator.store import layout
 from tests.tiny_model import release_version
 from tests.unit.fakes import MemoryStore

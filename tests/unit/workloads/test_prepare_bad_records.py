@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import RunError
+from orchestrator.errors import AttemptFailed
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads import chat_templates as templates
@@ -96,7 +96,7 @@ def test_too_many_bad_records_fail_with_the_first_of_them(memory_store: MemorySt
     made = prepare_here(data(), put(memory_store, json_lines(records)), base)
     assert made.manifest.source["num_bad_records"] == 2
     records[30] = {"messages": [USER]}
-    with pytest.raises(RunError, match=r"3 of 250 records cannot be used \(at most 1% may be\)") as caught:
+    with pytest.raises(AttemptFailed, match=r"3 of 250 records cannot be used \(at most 1% may be\)") as caught:
         prepare_here(data(), put(memory_store, json_lines(records)), base)
     assert f"all.jsonl:11 {REASONS['no_assistant_turn']}; all.jsonl:21 {REASONS['no_messages']}" in caught.value.message
     assert caught.value.next_step
@@ -110,5 +110,5 @@ def test_a_parquet_file_that_is_none_is_skipped_and_two_fail(memory_store: Memor
     assert skipped.startswith("bad.parquet: it is not parquet: ")
     assert made.manifest.counts["skipped_unreadable_file"] == 1
     put(memory_store, parquet([{"other": "column"}]), "worse.parquet")
-    with pytest.raises(RunError, match="2 of 3 files"):
+    with pytest.raises(AttemptFailed, match="2 of 3 files"):
         prepare_here(data(), memory_store, base)
