@@ -27,6 +27,7 @@ from workloads.adapter import download_base
 from workloads.answers import held_out_answers
 from workloads.export import Export
 from workloads.pretrained_model import is_whole
+from workloads.ray_tasks import all_of
 from workloads.tasks import Samples, Task, task_of
 from workloads.tasks.base_context import BaseContext, base_context
 
@@ -148,7 +149,7 @@ def evaluate_files(
     resources = spec.resources
     num_shares = resources.workers.min
     remote = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=1 if resources.gpu else 0, max_calls=1)(_share)
-    shares = ray.get([remote.remote(job.model_dump_json(), share, num_shares) for share in range(num_shares)])
+    shares = all_of([remote.remote(job.model_dump_json(), share, num_shares) for share in range(num_shares)])
     found = sorted(summed for share in shares for summed in share.found)
     num_targets = sum(each.num_targets for each in found)
     if num_targets == 0:

@@ -10,6 +10,7 @@ from orchestrator.checkpoint.catalog import Folder, read_manifest
 from orchestrator.checkpoint.export import ExportedFile, Form, export_to_store, plan_files
 from orchestrator.checkpoint.sources import open_weights
 from orchestrator.store import open_store
+from workloads.ray_tasks import all_of
 
 
 class FileJob(BaseModel):
@@ -44,5 +45,4 @@ def as_ray_tasks(jobs: Sequence[FileJob]) -> list[ExportedFile]:
     import ray
 
     task = ray.remote(num_cpus=1)(write)
-    written: list[ExportedFile] = ray.get([task.remote(job) for job in jobs])
-    return written
+    return all_of([task.remote(job) for job in jobs])

@@ -24,11 +24,11 @@ from orchestrator.pretrained.format import BaseFile, BaseManifest, BaseTensor, W
 from orchestrator.pretrained.selection import CONFIG, WEIGHT_INDEX, require_plain_config, weight_map
 from orchestrator.pretrained.source import BaseSource, list_base
 from orchestrator.store import Store, layout, open_store
+from workloads.ray_tasks import all_of
 
 logger = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_MAX_CANCEL_S = 30.0
 
 
 class Runner(Protocol):
@@ -68,21 +68,10 @@ def one_by_one(work: Callable[[Job, Store], Result], jobs: Sequence[Job], store:
 
 
 def as_ray_tasks(work: Callable[[Job, Store], Result], jobs: Sequence[Job], store: Store) -> list[Result]:
-    """A :data:`Runner` that has all jobs done at once, as far as the cluster has CPUs for them.
-
-    After an error no job goes on: what the caller deletes then stays deleted.
-    """
+    """A :data:`Runner` that has all jobs done at once, as far as the cluster has CPUs for them."""
     import ray
 
-    tasks = [ray.remote(num_cpus=1)(_in_task).remote(work, job, store.uri) for job in jobs]
-    try:
-        done: list[Result] = ray.get(tasks)
-    except BaseException:
-        for task in tasks:
-            ray.cancel(task, force=True)
-        ray.wait(tasks, num_returns=len(tasks), timeout=_MAX_CANCEL_S)  # their processes end a moment later
-        raise
-    return done
+    return all_of([ray.remote(num_cpus=1)(_in_task).remote(work, job, store.uri) for job in jobs])
 
 
 def _in_task(work: Callable[[Job, Store], Result], job: Job, store: str) -> Result:

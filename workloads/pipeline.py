@@ -29,6 +29,7 @@ from orchestrator.errors import (
     Interrupted,
     NotFound,
     RunError,
+    StoreError,
 )
 from orchestrator.plan import num_steps
 from orchestrator.pretrained.source import BaseSource
@@ -61,6 +62,7 @@ from workloads.prepare import prepare_identified
 from workloads.prepare.assemble import require_good
 from workloads.prepare.vocabulary import require_vocabulary_of
 from workloads.pretrained_model import check as check_pretrained
+from workloads.ray_tasks import looking
 from workloads.release import release_version
 from workloads.signals import stop_on_signal
 from workloads.tasks import BaseContext, Task, check_task, task_of
@@ -344,19 +346,26 @@ class Pipeline:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        """Record a stage and check, before it starts, that it is still ours to do."""
-        ensure_newest(self.store, self.attempt)
-        reason = stop_reason(self.store, self.attempt)
-        if reason:
-            raise _interrupted(f"{self.identity.run_id} stopped before {name}", reason)
+        """Record a stage, and check before it and while it waits for tasks that it is still ours to do."""
+        self._require_turn(f"before {name}")
         self.say(f"{name} …")
         self.events.append("stage_started", stage=name)
         started = time.monotonic()
-        with own_errors():
+        with own_errors(), looking(partial(self._look, f"in {name}")):
             yield
         seconds = round(time.monotonic() - started, 2)
         self.events.append("stage_done", stage=name, seconds=seconds)
         self.say(f"{name} done in {seconds:.1f} s")
+
+    def _require_turn(self, where: str) -> None:
+        ensure_newest(self.store, self.attempt)
+        reason = stop_reason(self.store, self.attempt)
+        if reason:
+            raise _interrupted(f"{self.identity.run_id} stopped {where}", reason)
+
+    def _look(self, where: str) -> None:
+        with suppress(StoreError):  # the next look is soon
+            self._require_turn(where)
 
 
 def _interrupted(what: str, reason: str) -> Interrupted:

@@ -11,9 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,7 @@ from orchestrator.store import Store, layout
 from tests.integration.hub_server import Hub, serving
 from tests.needed import lacks
 from tests.unit.pretrained.directories import SMALL, save_directory, values
-from workloads.cluster import own_errors
-from workloads.fetch_base import as_ray_tasks, fetch_base
+from workloads.fetch_base import fetch_base
 
 DEADLINE_S = 120.0
 COMMIT = "c0ffee" * 6 + "abcd"
@@ -160,37 +157,6 @@ def test_what_a_ray_task_finds_wrong_is_said_as_it_is(
     assert facts["error"] == "RunError"
     assert "model-00002-of-00003.safetensors is not a sound safetensors file" in facts["message"]
     assert list(store.list("bases/")) == []
-
-
-@pytest.mark.usefixtures("ray_of_two")
-def test_after_an_error_no_ray_task_writes_on(store: Store, tmp_path: Path) -> None:
-    written = [tmp_path / "first", tmp_path / "third"]
-    jobs = [
-        Endless(file=written[0]),
-        Endless(file=tmp_path / "second", fails_after=written[0]),
-        Endless(file=written[1]),
-    ]
-    with own_errors(), pytest.raises(RunError, match="this one is bad"):
-        as_ray_tasks(write_on, jobs, store)
-    sizes = [file.stat().st_size for file in written if file.exists()]
-    assert sizes
-    time.sleep(1.0)
-    assert [file.stat().st_size for file in written if file.exists()] == sizes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Endless:
-    """A job that never ends by itself, but for one that fails once another has begun."""
-
-    file: Path
-    fails_after: Path | None = None
-
-
-def write_on(job: Endless, store: Store) -> None:
-    with job.file.open("wb", buffering=0) as file:
-        while job.fails_after is None or not job.fails_after.exists():
-            file.write(b"-")
-    raise RunError("this one is bad", next_step="")
 
 
 def test_an_object_replaced_since_the_listing_is_refused(store: Store, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from pydantic import BaseModel
 
 from orchestrator.store import Store, open_store
 from workloads.prepare.parts import PartJob
+from workloads.ray_tasks import as_done
 
 Result = TypeVar("Result", bound=BaseModel)
 
 
 def on_cluster(work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob]) -> Iterator[Result]:
-    """What ``work`` gives of each part, as it is finished. What is not is taken back where the caller goes no further.
+    """What ``work`` gives of each part, as it is finished.
 
     A part whose process or node is lost is worked on again, three times at most.
 
@@ -26,14 +27,7 @@ def on_cluster(work: Callable[[PartJob, Store], Result], jobs: Sequence[PartJob]
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=3)(_work).options(name=work.__name__)  # as the dashboard counts them
-    waiting = [task.remote(work, job) for job in jobs]
-    try:
-        while waiting:
-            (done,), waiting = ray.wait(waiting, num_returns=1)
-            yield ray.get(done)
-    finally:
-        for each in waiting:
-            ray.cancel(each)
+    yield from as_done([task.remote(work, job) for job in jobs])
 
 
 def _work(work: Callable[[PartJob, Store], Result], job: PartJob) -> Result:

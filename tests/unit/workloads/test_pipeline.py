@@ -15,6 +15,7 @@ import ray
 from orchestrator.errors import (
     AlreadyExists,
     AttemptFailed,
+    Fenced,
     HeadwayError,
     IntegrityError,
     Interrupted,
@@ -34,6 +35,7 @@ from workloads.cluster import own_errors
 from workloads.export import Export
 from workloads.notices import Notices
 from workloads.pipeline import Pipeline
+from workloads.ray_tasks import look
 from workloads.signals import _ask_to_stop
 
 RELEASE = ReleaseSpec(model="lm")
@@ -156,6 +158,34 @@ def test_a_stop_before_a_stage_says_how_to_go_on(memory_store: MemoryStore, pipe
         pipeline._train_and_export(DATASET, 8)
     assert caught.value.next_step == "Submit the same run file to go on from there."
     assert pipeline.done == []
+
+
+def test_a_stop_while_a_stage_waits_for_tasks_is_seen(memory_store: MemoryStore, pipeline: Scripted) -> None:
+    with pipeline._stage("prepare"):
+        look()
+        request_stop(memory_store, "run-1", 1, reason="headway stop")
+        with pytest.raises(Interrupted, match="stopped in prepare: headway stop"):
+            look()
+    look()  # outside of the stage nobody is asked
+
+
+def test_so_is_an_attempt_that_took_over(memory_store: MemoryStore, pipeline: Scripted) -> None:
+    with pipeline._stage("prepare"):
+        claim_attempt(memory_store, "run-1", facts={})
+        with pytest.raises(Fenced):
+            look()
+
+
+def test_a_store_that_cannot_be_asked_whether_to_stop_is_asked_again(
+    memory_store: MemoryStore, pipeline: Scripted
+) -> None:
+    with pipeline._stage("prepare"):
+        memory_store.fail["list"] = StoreError("down")
+        look()
+        del memory_store.fail["list"]
+        request_stop(memory_store, "run-1", 1, reason="headway stop")
+        with pytest.raises(Interrupted):
+            look()
 
 
 def test_a_stop_that_cannot_be_asked_for_is_a_warning(
