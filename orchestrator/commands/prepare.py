@@ -12,7 +12,7 @@ from orchestrator import __version__
 from orchestrator.commands.context import find_store, find_target
 from orchestrator.commands.follow_job import follow
 from orchestrator.commands.list_datasets import size_of
-from orchestrator.commands.request import hand_over, relative_to
+from orchestrator.commands.request import hand_over, relative_to, sending
 from orchestrator.commands.submit import check_sendable
 from orchestrator.commands.text import cell
 from orchestrator.dataset.format import DatasetManifest, read_manifest
@@ -152,7 +152,9 @@ def send(
         reporter.say(f"{wanted.reference} is being made by {job}; attached.")
         return Sent(submission_id=job, attached=True)
     request, packed = build_request(spec, run_file, store, target, wanted=wanted, directory=directory, repeat=repeat)
-    submission = hand_over(wanted.reference, request, packed, target, reporter)
+    again = f"headway prepare{target.flag} {run_file}"
+    with sending(job, next_step=f"Watch it: {again}. End it: {again} --stop"):
+        submission = hand_over(wanted.reference, request, packed, target, reporter)
     return Sent(submission_id=submission.submission_id, attached=not submission.created)
 
 

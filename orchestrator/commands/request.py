@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
-from orchestrator.errors import SpecError
+from orchestrator.errors import Interrupted, SpecError
 from orchestrator.package import Package, package
 from orchestrator.render import AttemptRequest, submission_id
 from orchestrator.reporter import Reporter
@@ -64,6 +66,17 @@ def build_request(
         )
     )
     return Prepared(identity=identity, attempt=attempt, request=request, package=packed)
+
+
+@contextmanager
+def sending(job: str, *, next_step: str) -> Iterator[None]:
+    """Around the sending of a job: Ctrl-C there leaves it open whether the job goes on, and says so."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise Interrupted(
+            f"Interrupted while it was being sent; {job} goes on where it was submitted.", next_step=next_step
+        ) from e
 
 
 def hand_over(what: str, request: Request, packed: Package, target: Target[Any], reporter: Reporter) -> Submission:

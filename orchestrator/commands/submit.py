@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.commands.context import find_store, find_target, is_kubernetes
-from orchestrator.commands.request import build_request, free_repeat, hand_over
+from orchestrator.commands.request import build_request, free_repeat, hand_over, sending
 from orchestrator.commands.sender import caller, ci_job
 from orchestrator.commands.watch import Watched, watch
 from orchestrator.dataset.listing import keep_listing
@@ -52,7 +52,8 @@ def submit(
     spec = load(run_file)
     check_sendable(spec, target, reporter)
     cluster, store = find_target(target, store_uri), find_store(store_uri)
-    sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd(), retry=retry)
+    with sending(f"the run of {run_file}", next_step="headway submit attaches to it, and headway stop ends it."):
+        sent = send(spec, run_file, store, cluster, reporter, directory=Path.cwd(), retry=retry)
     facts: dict[str, Any] = {"run_id": sent.run_id, "submission_id": sent.submission_id, "attached": sent.attached}
     if detach and sent.outcome is None:
         return facts, f"{sent.run_id} is on its way. Watch it: headway logs -f{cluster.flag} {sent.run_id}"

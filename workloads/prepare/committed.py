@@ -12,6 +12,7 @@ from orchestrator.dataset.format import PartFile
 from orchestrator.errors import AlreadyExists, IntegrityError
 from orchestrator.spec import canonical_json
 from orchestrator.store import Store, layout
+from workloads.prepare.once import DELETE
 from workloads.prepare.parts import Part, PartJob, batched
 
 _READS = 16
@@ -104,5 +105,5 @@ def _done(job: PartJob, part: Part, content: bytes, *, num_reused: int) -> PartD
 def _damaged(store: Store, key: str, why: str) -> IntegrityError:
     return IntegrityError(
         f"{store.uri_of(key)} is not a part of this dataset: {why}.",
-        next_step="Delete the folder of this preparation, which has no manifest yet, and prepare again.",
+        next_step=DELETE,
     )

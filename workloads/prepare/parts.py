@@ -16,6 +16,7 @@ from orchestrator.dataset.format import PartFile, Shard, Tokenizer, is_held_out,
 from orchestrator.dataset.source import Slice, SourceFile
 from orchestrator.spec import DataSpec, canonical_json
 from orchestrator.store import Store
+from workloads.prepare.once import create_alike
 from workloads.prepare.records import Unusable
 
 _MAX_NAMED = 20  # bad records that are named
@@ -258,7 +259,7 @@ def upload_shard(store: Store, job: PartJob, split: SplitName, entries: npt.NDAr
     if not len(entries):
         return None
     shard, data = Shard.of(shard_name(split, job.number), entries)
-    store.create(job.prefix + shard.file, data)  # the same bytes are there already where an earlier try got this far
+    create_alike(store, job.prefix + shard.file, data)
     return shard
 
 

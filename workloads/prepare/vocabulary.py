@@ -18,6 +18,7 @@ from orchestrator.spec import DataSpec
 from orchestrator.store import Store, layout
 from workloads.prepare.cutting import slices_of
 from workloads.prepare.documents import NotInFormat, read_records, texts
+from workloads.prepare.once import create_alike
 from workloads.prepare.records import Unusable, labelled_of
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def store_trained(data: DataSpec, files: list[SourceFile], store: Store, prefix:
         content = store.get(prefix + FILE)
     except NotFound:
         content = train_tokenizer(data, files, store, by_record=by_record)
-        store.create(prefix + FILE, content)
+        create_alike(store, prefix + FILE, content)
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     return Tokenizer(
         file=FILE,
@@ -124,7 +125,7 @@ def store_given(given: GivenTokenizer, store: Store, prefix: str) -> Tokenizer:
             f"data.tokenizer: {given.uri} cannot be loaded: {e}.",
             next_step="Save it again with the version of tokenizers that Headway has.",
         ) from e
-    store.create(prefix + FILE, given.content)
+    create_alike(store, prefix + FILE, given.content)
     return Tokenizer(
         file=FILE,
         vocab_size=max(given.vocab_size, loaded.get_vocab_size()),
@@ -150,7 +151,7 @@ def store_pretrained(
         tokenizer.save_pretrained(folder)
         contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
     for name, content in contents.items():
-        store.create(prefix + name, content)
+        create_alike(store, prefix + name, content)
     main = contents.pop(FILE)
     return Tokenizer(
         file=FILE,

@@ -51,8 +51,10 @@ WANTED = Wanted(name=NAME, fingerprint=FINGERPRINT)
 JOB, AGAIN = f"data-{NAME}-{FINGERPRINT[:8]}", "headway prepare run.yaml"
 
 
-def sent(folder: Path, store: MemoryStore, target: FakeTarget) -> command.Sent:
-    return send(spec_of(folder), folder / "run.yaml", store, target, Reporter(), wanted=WANTED, directory=folder)
+def sent(folder: Path, store: MemoryStore, target: FakeTarget, reporter: Reporter | None = None) -> command.Sent:
+    return send(
+        spec_of(folder), folder / "run.yaml", store, target, reporter or Reporter(), wanted=WANTED, directory=folder
+    )
 
 
 # -- what is wrong with a run file
@@ -281,6 +283,16 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(memory_store: MemoryStore) 
         awaited(memory_store, target, interrupt)
     assert f"{AGAIN} --stop" in caught.value.next_step
     assert target.stopped == []
+
+
+def test_and_so_does_one_while_it_is_sent(memory_store: MemoryStore, folder: Path) -> None:
+    class Impatient(Reporter):
+        def say(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=f"{JOB} goes on") as caught:
+        sent(folder, memory_store, FakeTarget(), Impatient())
+    assert "run.yaml --stop" in caught.value.next_step
 
 
 def test_a_target_that_is_away_for_a_while_is_asked_again() -> None:

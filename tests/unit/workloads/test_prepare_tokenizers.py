@@ -12,9 +12,10 @@ import pytest
 from orchestrator import __version__
 from orchestrator.commands.plan import size_of
 from orchestrator.dataset.format import DatasetManifest
-from orchestrator.errors import SpecError
+from orchestrator.errors import IntegrityError, SpecError
 from orchestrator.runs import identify
 from orchestrator.spec import DataSpec, RunSpec, parse
+from orchestrator.store import layout
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads import chat_templates as templates
 from tests.unit.workloads.preparing import json_lines, prepare_here, prepare_with, put, talk, word_tokenizer
@@ -110,6 +111,20 @@ def test_a_dataset_of_another_pretrained_tokenizer_is_refused(memory_store: Memo
     with pytest.raises(SpecError, match="prepared with another tokenizer than that of s3://models/base") as caught:
         require_vocabulary_of(base(other), made, memory_store)
     assert "data.train" in caught.value.next_step
+
+
+def test_what_other_versions_of_the_packages_left_is_named(
+    corpus: MemoryStore, tokenizer: Path, tmp_path: Path
+) -> None:
+    spec = run_spec(tokenizer)
+    prefix = layout.dataset("here", identify(spec, corpus, tmp_path).dataset_fingerprint)
+    corpus.create(f"{prefix}tokenizer.json", tokenizer.read_bytes())
+    corpus.tamper(f"{prefix}tokenizer.json", tokenizer.read_bytes() + b" ")
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json has other bytes than are made now") as caught:
+        prepare_with(corpus, spec.data)
+    assert "Delete the folder of this preparation" in caught.value.next_step
+    corpus.tamper(f"{prefix}tokenizer.json", tokenizer.read_bytes())
+    prepare_with(corpus, spec.data)
 
 
 def base(directory: Path) -> Any:
