@@ -20,7 +20,8 @@ def convert(path: Path, directory: Path, *, source: str) -> None:
         source: what errors call the file.
 
     Raises:
-        RunError: transformers cannot read the file, or does not know its architecture.
+        RunError: transformers cannot read the file, or does not know its architecture. EnvironmentUnusable: memory
+        is short.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +39,11 @@ def convert(path: Path, directory: Path, *, source: str) -> None:
         ) from e
     except Exception as e:  # of a file that is not sound the libraries raise whatever they run into
         reason = str(e).strip().splitlines() or [type(e).__name__]
+        if _is_lack_of_memory(e):
+            raise EnvironmentUnusable(
+                f"model.pretrained: there is too little memory here to convert {source}: {reason[0]}",
+                next_step="Converting takes some 4 bytes per weight; or name the model's Hugging Face directory.",
+            ) from e
         raise RunError(
             f"model.pretrained: {source} cannot be read as a GGUF file of a causal language model: {reason[0]}",
             next_step="Name the model's Hugging Face directory instead.",
@@ -48,6 +54,11 @@ def convert(path: Path, directory: Path, *, source: str) -> None:
     model.config.dtype = str(widest).removeprefix("torch.")
     model.config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Python's own error, or what torch makes of an allocation that fails."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def narrow(model: nn.Module) -> Any:

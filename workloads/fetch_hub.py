@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.dataset.source import SourceFile
-from orchestrator.errors import EnvironmentUnusable, IntegrityError, RunError
+from orchestrator.errors import EnvironmentUnusable, IntegrityError
 from orchestrator.pretrained.selection import select
 from orchestrator.pretrained.source import BaseSource, split_hub_uri
 
@@ -91,7 +91,7 @@ def _named(uri: str) -> Iterator[None]:
             next_step="Check the name; for a private or gated model set HF_TOKEN (on a cluster: env or secrets).",
         ) from e
     except (errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as e:
-        raise RunError(
+        raise EnvironmentUnusable(  # a mirror that lags behind may have it later
             f"model.pretrained: {constants.ENDPOINT} has no such commit or file: {uri}.",
             next_step="Take the commit from the model's page: Files, History.",
         ) from e

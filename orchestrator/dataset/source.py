@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,7 +160,7 @@ def read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> by
     """``num_bytes`` bytes of a source file from ``start``; fewer come back only at its end.
 
     Raises:
-        RunError: in S3 it is another file than the one that was listed.
+        RunError: in S3 it is another file than the one that was listed; on disk it has another length.
     """
     if file.uri.startswith("s3://"):
         bucket, key = split_uri(file.uri)
@@ -167,6 +168,9 @@ def read_range(file: SourceFile, store: Store, start: int, num_bytes: int) -> by
             return store.at(bucket).get_unchanged(key, file.etag, start=start, num_bytes=num_bytes)
     try:
         with Path(file.uri).open("rb") as source:
+            with _as_listed(file):
+                if os.fstat(source.fileno()).st_size != file.size_bytes:
+                    raise IntegrityError(file.uri)
             source.seek(start)
             return source.read(num_bytes)
     except OSError as e:

@@ -89,6 +89,15 @@ def upload_stream(
         raise
 
 
+def noted(chunks: Iterable[bytes | memoryview], errors: list[Exception]) -> Iterator[bytes | memoryview]:
+    """The same chunks; an error that they raise is noted too, which tells it from those of their upload."""
+    try:
+        yield from chunks
+    except Exception as e:
+        errors.append(e)
+        raise
+
+
 def part_size(size_bytes: int) -> int:
     """Bytes in each part of an object of ``size_bytes``: whole MiB, so many that MAX_PARTS hold it. Pure."""
     needed = math.ceil(size_bytes / MAX_PARTS)

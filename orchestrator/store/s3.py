@@ -13,7 +13,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,7 @@ from orchestrator.store.client import (
     transfer_config,
     translated,
 )
-from orchestrator.store.multipart import UnfinishedUpload, ViewFile, part_size, upload_stream
+from orchestrator.store.multipart import UnfinishedUpload, ViewFile, noted, part_size, upload_stream
 
 __all__ = [
     "PART_BYTES",
@@ -313,30 +313,31 @@ class Store:
         how many bytes will come. At most three parts are in memory. An error raised by ``chunks`` is passed on as it
         is, and the key stays as it was. ``once`` is as for :meth:`upload`.
         """
-        with self._finished(key, once=once) as metadata:
+        theirs: list[Exception] = []
+        with self._finished(key, once=once, but_for=theirs) as metadata:
             upload_stream(
                 self._client,
                 self._place(key),
-                chunks,
+                noted(chunks, theirs),
                 metadata=metadata,
                 condition=_condition(once),
                 part_bytes=part_size(size_bytes),
             )
 
     @contextlib.contextmanager
-    def _finished(self, key: str, *, once: bool) -> Iterator[dict[str, str]]:
+    def _finished(self, key: str, *, once: bool, but_for: Sequence[Exception] = ()) -> Iterator[dict[str, str]]:
         """Around an upload that sends these metadata.
 
         A server that lost its answer to CompleteMultipartUpload may know no such upload when it is asked again. The
         upload has succeeded where the object carries its mark. So has one that may be done ``once``, where S3 says
-        that the object exists: its mark tells that this is true.
+        that the object exists: its mark tells that this is true. Errors that are ``but_for`` those of S3 are passed on.
         """
         mark = _ONCE if once else secrets.token_hex(16)
         try:
             with self._translated(key):
                 yield {_UPLOAD_MARK: mark}
         except (NotFound, AlreadyExists) as e:
-            if (isinstance(e, AlreadyExists) and not once) or self._mark_of(key) != mark:
+            if e in but_for or (isinstance(e, AlreadyExists) and not once) or self._mark_of(key) != mark:
                 raise
 
     def _mark_of(self, key: str) -> str | None:

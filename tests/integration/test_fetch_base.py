@@ -199,7 +199,11 @@ def test_a_gated_model_needs_a_token(hub: Hub, store: Store, fetch: Callable[...
     ("uri", "error", "message"),
     [
         (f"hf://org/other@{COMMIT}", "EnvironmentUnusable", "has no hf://org/other@"),
-        (f"hf://org/tiny-model@{'0' * 40}", "RunError", "has no such commit or file: hf://org/tiny-model@000"),
+        (
+            f"hf://org/tiny-model@{'0' * 40}",
+            "EnvironmentUnusable",
+            "has no such commit or file: hf://org/tiny-model@000",
+        ),
     ],
 )
 def test_a_model_or_commit_that_the_hub_lacks_is_named(

@@ -142,6 +142,17 @@ def test_a_stream_of_any_length_comes_back(store: Store, num_bytes: int) -> None
     assert store.get("stream") == data
 
 
+def test_a_source_that_is_gone_is_no_success_where_an_earlier_try_went_through(store: Store) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"first"
+        yield store.get("gone")
+
+    store.upload_stream("stream", [b"first", b"second"], once=True)
+    with pytest.raises(NotFound, match="gone"):
+        store.upload_stream("stream", chunks(), once=True)
+    assert store.get("stream") == b"firstsecond"
+
+
 def test_a_stream_that_fails_leaves_nothing_and_raises_its_own_error(store: Store) -> None:
     failure = NotFound("no such source")
 

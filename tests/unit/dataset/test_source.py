@@ -75,8 +75,8 @@ def test_a_file_that_changed_since_it_was_listed_is_not_read(bucket: MemoryStore
         with pytest.raises(RunError, match=f"{re.escape(file.uri)} was written over") as caught:
             read_source(file, bucket)
         assert "Submit again" in caught.value.next_step
-    with pytest.raises(RunError, match="written over"):
-        read_lines(Slice(file=found[0], number=1, of=2), bucket)
+        with pytest.raises(RunError, match="written over"):
+            read_lines(Slice(file=file, number=1, of=2), bucket)
     bucket.at("corpus").delete(["src/pkg/c.py"])
     with pytest.raises(RunError, match="is gone since"):
         read_source(found[0], bucket)

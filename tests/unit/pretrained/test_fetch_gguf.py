@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from workloads.fetch_gguf import narrow
+from workloads.fetch_gguf import _is_lack_of_memory, narrow
 
 BRAIN = torch.tensor([1.0, -(2.0**120), 2.0**-100])
 HALF = torch.tensor([1.0 + 2.0**-10, 2.0**-24])
@@ -44,3 +44,10 @@ def test_tied_weights_stay_tied() -> None:
     model[1].weight = model[0].weight
     narrow(model)
     assert model[1].weight is model[0].weight
+
+
+def test_what_torch_says_of_an_allocation_that_fails_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert _is_lack_of_memory(caught.value)
+    assert not _is_lack_of_memory(RuntimeError("the file is cut"))
