@@ -10,7 +10,7 @@ from orchestrator.checkpoint.catalog import find
 from orchestrator.dataset.format import DatasetManifest, find_dataset, read_manifest
 from orchestrator.dataset.given import GivenTokenizer, read_given
 from orchestrator.dataset.listing import kept_listing
-from orchestrator.dataset.source import SourceFile, list_source, source_fingerprint
+from orchestrator.dataset.source import SourceFile, list_source, require_documents_that_fit, source_fingerprint
 from orchestrator.errors import IntegrityError, NotFound, RunError, SpecError
 from orchestrator.package import code_digest
 from orchestrator.pretrained.format import read_base
@@ -66,6 +66,7 @@ def identify(
     if spec.data.train is not None:
         found = list_source(spec.data.train, store, tree=spec.data.format == "source") if listed is None else listed
         files = tuple(found)
+        require_documents_that_fit(spec.data, files)
         fingerprint = source_fingerprint(spec.data, list(files), _tokenizer_fingerprint(base, tokenizer))
         dataset = None
     else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.dataset.format import fingerprint
-from orchestrator.errors import EmptySource, EnvironmentUnusable, IntegrityError, NotFound, RunError
+from orchestrator.errors import EmptySource, EnvironmentUnusable, IntegrityError, NotFound, RunError, SpecError
 from orchestrator.spec import DataSpec
 from orchestrator.store.s3 import Store, split_uri
 
@@ -43,6 +43,7 @@ DEPENDENCY_FOLDERS = frozenset(
     ("node_modules", "bower_components", "site-packages", "__pycache__", "venv", "virtualenv", "CVS", "_darcs")
 )
 MAX_SOURCE_BYTES = 2**20
+MAX_DOCUMENT_BYTES = 2**28
 
 
 def list_source(pattern: str, store: Store, *, tree: bool = False) -> list[SourceFile]:
@@ -111,6 +112,20 @@ def source_fingerprint(data: DataSpec, files: list[SourceFile], tokenizer_finger
     """
     listing = [(file.path, file.etag, file.size_bytes) for file in files if not file.left_out]
     return fingerprint(data, listing, tokenizer_fingerprint)
+
+
+def require_documents_that_fit(data: DataSpec, files: Sequence[SourceFile]) -> None:
+    """
+    Raises:
+        SpecError: a text file, which is one document, is too large to be tokenized in memory.
+    """
+    largest = max(files, key=lambda file: file.size_bytes, default=None)
+    if data.format == "text" and largest is not None and largest.size_bytes > MAX_DOCUMENT_BYTES:
+        raise SpecError(
+            f"data.format: text makes {largest.uri} one document of {largest.size_bytes / 2**20:,.0f} MiB; the limit "
+            f"is {MAX_DOCUMENT_BYTES // 2**20} MiB, since tokenizing takes some 90 times that in memory.",
+            next_step="Write its documents as JSON lines or Parquet, and set data.format; or divide the file.",
+        )
 
 
 def read_source(file: SourceFile, store: Store) -> bytes:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dataset.source import Slice, list_source, read_lines, read_source, source_fingerprint
-from orchestrator.errors import EmptySource, RunError, StoreError, UsageError
+from orchestrator.dataset.source import (
+    MAX_DOCUMENT_BYTES,
+    Slice,
+    SourceFile,
+    list_source,
+    read_lines,
+    read_source,
+    require_documents_that_fit,
+    source_fingerprint,
+)
+from orchestrator.errors import EmptySource, RunError, SpecError, StoreError, UsageError
 from orchestrator.spec import DataSpec
 from tests.unit.fakes import MemoryStore
 
@@ -80,6 +90,16 @@ def test_a_file_that_changed_since_it_was_listed_is_not_read(bucket: MemoryStore
     bucket.at("corpus").delete(["src/pkg/c.py"])
     with pytest.raises(RunError, match="is gone since"):
         read_source(found[0], bucket)
+
+
+def test_a_text_file_that_no_memory_would_hold_is_refused() -> None:
+    small = SourceFile(uri="s3://corpus/a.txt", path="a.txt", etag="e", size_bytes=MAX_DOCUMENT_BYTES)
+    large = replace(small, uri="s3://corpus/b.txt", size_bytes=MAX_DOCUMENT_BYTES + 2**20)
+    require_documents_that_fit(DataSpec(train="s3://corpus/**"), [small])
+    require_documents_that_fit(DataSpec(train="s3://corpus/**", format="jsonl"), [small, large])
+    with pytest.raises(SpecError, match=r"s3://corpus/b\.txt one document of 257 MiB; the limit is 256 MiB") as caught:
+        require_documents_that_fit(DataSpec(train="s3://corpus/**"), [small, large])
+    assert "JSON lines" in caught.value.next_step
 
 
 def test_a_folder_means_all_that_is_in_it(bucket: MemoryStore, folder: Path) -> None:
