@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from orchestrator.dataset.format import DatasetManifest, PartFile, Shard, Tokenizer, read_manifest
 from orchestrator.dataset.source import Slice
@@ -54,9 +55,12 @@ def find_earlier(store: Store, name: str, *, settings: str, tokenizer: Tokenizer
         return manifest if is_alike and manifest.tokenizer == tokenizer else None
 
     others = [fingerprint for fingerprint in store.list_folders(layout.datasets(name)) if fingerprint != but]
+    newest: DatasetManifest | None = None
     with ThreadPoolExecutor(_READS) as pool:
-        found = [manifest for manifest in pool.map(fits, others) if manifest is not None]
-    return max(found, key=lambda manifest: manifest.created_s, default=None)
+        for some in batched(others, _READS):  # of which not more are in memory
+            found = [manifest for manifest in (newest, *pool.map(fits, some)) if manifest is not None]
+            newest = max(found, key=lambda manifest: manifest.created_s, default=None)
+    return newest
 
 
 def with_earlier(jobs: list[PartJob], earlier: DatasetManifest, store: Store) -> list[PartJob]:
@@ -88,12 +92,12 @@ def _with_parts(job: PartJob, files: Iterable[PartFile], prefix: str, piece_byte
 
 
 def _read(store: Store, prefix: str, file: PartFile) -> Part | None:
-    """An earlier part; None where it is damaged or gone, and is made anew."""
+    """An earlier part; None where it is damaged, gone or of another version of Headway, and is made anew."""
     try:
         content = store.get_verified(prefix + file.file, sha256=file.sha256, size_bytes=file.size_bytes)
-    except (NotFound, IntegrityError):
+        return Part.model_validate_json(content)
+    except (NotFound, IntegrityError, ValidationError):
         return None
-    return Part.model_validate_json(content)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.dataset.format import DatasetManifest
+from orchestrator.dataset.format import DatasetManifest, PartFile
 from orchestrator.spec import DataSpec
 from orchestrator.store import layout
 from tests.unit.fakes import MemoryStore
 from tests.unit.workloads.preparing import Here, all_but_manifest, json_lines, long_text, prepare_with, word_tokenizer
+from workloads.prepare.reuse import _read
 
 TEXT = DataSpec(train="s3://corpus/**", eval_fraction=0.25, tokenizer="s3://tokenizers/tokenizer.json")
 LABELLED = TEXT.model_copy(update={"format": "jsonl", "label_field": "label", "sequence_length": 64})
@@ -117,6 +119,16 @@ def test_what_is_damaged_is_tokenized_again() -> None:
     assert (
         again(store, TEXT, {**text_files(), "newer.txt": b"w1"}).num_tokenized == 1
     )  # the second preparation has them
+
+
+def test_a_part_of_another_version_of_headway_is_made_anew() -> None:
+    content = b'{"format": "headway/part/9"}'
+    file = PartFile(
+        file="parts/00000.json", sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content), key="k"
+    )
+    store = MemoryStore()
+    store.create("earlier/parts/00000.json", content)
+    assert _read(store, "earlier/", file) is None
 
 
 def test_bad_records_are_counted_and_named_all_the_same() -> None:
