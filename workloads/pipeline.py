@@ -19,12 +19,9 @@ from typing import Any
 from orchestrator import __version__
 from orchestrator.checkpoint.catalog import committed_steps, newest_to_commit
 from orchestrator.dataset.format import DatasetManifest
-from orchestrator.dataset.listing import keep_listing
 from orchestrator.errors import (
-    AlreadyExists,
     AttemptFailed,
     Displaced,
-    HeadwayError,
     IntegrityError,
     Interrupted,
     NotFound,
@@ -57,6 +54,7 @@ from workloads.fetch_base import as_ray_tasks as copy_as_ray_tasks
 from workloads.fetch_base import fetch_base
 from workloads.in_run_evaluation import last_step
 from workloads.judge import Judge
+from workloads.marks import record_end, record_spec
 from workloads.notices import Notices, is_the_last
 from workloads.prepare import prepare_identified
 from workloads.prepare.assemble import require_good
@@ -108,7 +106,7 @@ def run(
         leave_report(store, identity.run_id)
         return standing
     check_task(spec)
-    _record_spec(store, spec, identity)
+    record_spec(store, spec, identity)
     if allowance is not None:
         with notices.of_attempts_used_up():
             require_turn(store, identity.run_id, allowance, saved_by=newest_to_commit(store, identity.run_id))
@@ -132,11 +130,11 @@ def run(
     except RunError as e:
         ensure_newest(store, attempt)
         outcome = commit_outcome(store, Outcome.failed(identity.run_id, attempt=attempt.number, reason=str(e)))
-        _record_end(store, attempt, events, e)
+        record_end(store, attempt, events, e)
         notices.ended(outcome)
         return outcome
     except BaseException as e:
-        _record_end(store, attempt, events, e)
+        record_end(store, attempt, events, e)
         if is_the_last(e, store, identity.run_id, allowance):
             notices.attempt_failed(attempt.number, e)
         raise
@@ -303,7 +301,9 @@ class Pipeline:
             created_s=time.time(),
             nonce=self.attempt.nonce,
         )
-        return release_version(self.store, self.attempt, release, version).name
+        released = release_version(self.store, self.attempt, release, version)
+        self.events.append("version", version=released.name, channel=release.channel)
+        return released.name
 
     # -- what is known
 
@@ -371,30 +371,3 @@ class Pipeline:
 def _interrupted(what: str, reason: str) -> Interrupted:
     kind = Displaced if reason == POD_ENDS else Interrupted
     return kind(f"{what}: {reason}.", next_step="Submit the same run file to go on from there.")
-
-
-def _record_spec(store: Store, spec: RunSpec, identity: RunIdentity) -> None:
-    facts = {
-        "spec": spec.model_dump(mode="json"),
-        "run_id": identity.run_id,
-        "edition": identity.edition,
-        "dataset_fingerprint": identity.dataset_fingerprint,
-        "code_digest": identity.code_digest,
-        "base_fingerprint": identity.base.fingerprint if identity.base is not None else "",
-        "headway": __version__,
-    }
-    with suppress(AlreadyExists):  # the first one stands; later ones differ only in what does not change the weights
-        store.create_json(layout.run_spec(identity.run_id), facts)
-    keep_listing(store, identity.run_id, identity.files)
-
-
-def _record_end(store: Store, attempt: Attempt, events: EventLog, error: BaseException) -> None:
-    """Say how an attempt ended that reached no outcome."""
-    interrupted = isinstance(error, Interrupted | KeyboardInterrupt | SystemExit)
-    state, reason = ("stopped" if interrupted else "failed"), str(error) or type(error).__name__
-    exit_code = error.exit_code if isinstance(error, HeadwayError) else 1
-    events.append("attempt_ended", state=state, reason=reason, exit_code=exit_code)
-    try:
-        end_attempt(store, attempt, state=state, reason=reason)
-    except HeadwayError as e:
-        logger.warning("How attempt %d ended could not be recorded: %s", attempt.number, e)

@@ -20,7 +20,7 @@ from tests.unit.commands.datasets import put_dataset
 from tests.unit.fakes import MemoryStore
 from tests.unit.pretrained.directories import save_directory
 from workloads.fetch_base import fetch_base
-from workloads.pipeline import _record_spec
+from workloads.marks import record_spec
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ GROWING = {"train": "s3://corpus/**"}
 def begin(spec: RunSpec, store: MemoryStore, folder: Path, *, edition: int = 0) -> RunIdentity:
     """What a first attempt leaves: its record."""
     found = identify(spec, store, folder, edition=edition)
-    _record_spec(store, spec, found)
+    record_spec(store, spec, found)
     return found
 
 
