@@ -2,7 +2,8 @@
 
 An entry is ``models/<model>/channels/<channel>/00007.json``. The highest number is what is wanted; a
 rollback is one more entry. ``models/<model>/channels/<channel>.status.json`` is what is so, and has one
-writer: the server's decider.
+writer: the server's decider. While a server moves to another cluster there are two of them, so what they decide is
+joined, and only ever grows.
 """
 
 from __future__ import annotations
@@ -103,11 +104,38 @@ class ChannelStatus(_Frozen):
     """Versions that do not serve though an entry may name them, and why. They are not tried again."""
     promoted: dict[Number, Number] = {}
     """By entry, its canary that has passed and serves in the place of the entry's own version."""
+    answered: tuple[Number, ...] = ()
+    """Versions that some replica has served at any time, in order. One that does not load later is not at fault."""
     canary: CanaryStatus | None = None
     replicas: tuple[ReplicaStatus, ...] = ()
     problem: str | None = None
     """What keeps the wanted version from serving for now, and will be tried again."""
     updated_s: float = 0.0
+
+    def with_verdicts_of(self, other: ChannelStatus) -> ChannelStatus:
+        """What was decided and learnt in either; where both reject a version, for the other's reason. All else is
+        this one's, but for a canary that the other alone has judged."""
+        canary, theirs = self.canary, other.canary
+        if theirs is not None and theirs.phase != "watched" and _progress(theirs) > _progress(canary):
+            canary = theirs
+        return self.model_copy(
+            update={
+                "rejected": {**self.rejected, **other.rejected},
+                "promoted": {**self.promoted, **other.promoted},
+                "answered": tuple(sorted(self._known_to_answer() | other._known_to_answer())),
+                "canary": canary,
+            }
+        )
+
+    def _known_to_answer(self) -> set[int]:
+        """Those of :attr:`answered`, and what tells the same in a status that was written without it."""
+        named = [self.serving, *self.promoted.values(), *([self.canary.version] if self.canary else [])]
+        named += [number for each in self.replicas for number in (each.serving, each.canary)]
+        return {*self.answered, *(number for number in named if number is not None)}
+
+
+def _progress(canary: CanaryStatus | None) -> tuple[int, bool]:
+    return (0, False) if canary is None else (canary.entry, canary.phase != "watched")
 
 
 def append(

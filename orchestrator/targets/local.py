@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.errors import EnvironmentUnusable, StoreError
+from orchestrator.errors import EnvironmentUnusable
 from orchestrator.targets import ports as machine_ports
 from orchestrator.targets import processes, ray_head, seaweedfs
 from orchestrator.targets.ray_head import RayPorts
@@ -25,7 +24,6 @@ from orchestrator.targets.stack import BUCKET, Stack, load, running, save, stack
 Say = Callable[[str], None]
 _START_TIMEOUT_S = 90.0
 _END_GRACE_S = 10.0
-_STORE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,7 @@ def _start(stack: Stack, options: StackOptions, say: Say) -> Stack:
     )
     seaweedfs.wait_for_s3(s3)
     seaweedfs.create_bucket(s3, BUCKET)
-    _wait_until_it_stores(stack, s3)
+    seaweedfs.wait_until_it_stores(s3, BUCKET, stack.store_environment())
     say(f"S3 server up at {s3.endpoint_url}")
     if not processes.wait_until(
         lambda: ray_head.is_ready(stack.ray_ports), timeout_s=_START_TIMEOUT_S, ended=lambda: ray.poll() is not None
@@ -165,30 +163,6 @@ def _start(stack: Stack, options: StackOptions, say: Say) -> Stack:
     if not running(started):
         raise EnvironmentUnusable("A server ended as soon as it was up.", next_step=f"Read {stack.logs}")
     return started
-
-
-def _wait_until_it_stores(stack: Stack, server: seaweedfs.S3Server) -> None:
-    """Until an object written with the stack's keys is read back: the server answers before it knows its keys.
-
-    Raises:
-        EnvironmentUnusable: it does not come to that in time.
-    """
-    from orchestrator.store.s3 import PROMPT, Store, new_client
-
-    store = Store(BUCKET, "probe", client=new_client(PROMPT, stack.store_environment()))
-    key = secrets.token_hex(8)
-
-    def stores() -> bool:
-        try:
-            store.create(key, b"stored")
-            return store.get(key) == b"stored"
-        except StoreError:
-            return False
-
-    ended = lambda: server.process.poll() is not None  # noqa: E731
-    if not processes.wait_until(stores, timeout_s=_STORE_TIMEOUT_S, ended=ended):
-        raise seaweedfs.failure(server, timeout_s=_STORE_TIMEOUT_S)
-    store.delete([key])
 
 
 def _end(directory: Path, stack: Stack | None) -> None:

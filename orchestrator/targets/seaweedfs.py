@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import EnvironmentUnusable
+from orchestrator.errors import EnvironmentUnusable, StoreError
 from orchestrator.targets import loopback, processes
 from orchestrator.targets import ports as machine_ports
 
@@ -145,6 +145,31 @@ def create_bucket(server: S3Server, bucket: str) -> None:
         raise _no_bucket(server, bucket, "it did not answer")
     if not 200 <= answer.status < 300 and answer.status != 409:  # 409: it is there already
         raise _no_bucket(server, bucket, f"it answered {answer.status}: {answer.text[:200]}")
+
+
+def wait_until_it_stores(server: S3Server, bucket: str, settings: Mapping[str, str]) -> None:
+    """Until an object written with the keys in ``settings`` (AWS_… variables) is read back from the bucket: the server
+    answers before it knows its keys.
+
+    Raises:
+        EnvironmentUnusable: it does not come to that in time.
+    """
+    from orchestrator.store.s3 import PROMPT, Store, new_client
+
+    store = Store(bucket, "probe", client=new_client(PROMPT, settings))
+    key = secrets.token_hex(8)
+
+    def stores() -> bool:
+        try:
+            store.create(key, b"stored")
+            return store.get(key) == b"stored"
+        except StoreError:
+            return False
+
+    ended = lambda: server.process.poll() is not None  # noqa: E731
+    if not processes.wait_until(stores, timeout_s=_START_TIMEOUT_S, ended=ended):
+        raise failure(server, timeout_s=_START_TIMEOUT_S)
+    store.delete([key])
 
 
 def _no_bucket(server: S3Server, bucket: str, why: str) -> EnvironmentUnusable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from orchestrator.checkpoint.catalog import committed_steps, find
 from orchestrator.checkpoint.verify import verify
 from orchestrator.errors import StoreError
 from orchestrator.store import Store
+from orchestrator.store.s3 import new_client
 from tests.faults.ranks import SMALL_TABLE, KnownState
-from tests.faults.yard import Yard
+from tests.faults.yard import PATIENT, Yard
 from tests.small_disk import small_disk
 from tests.unit.checkpoint.saving import RUN, finish, new_group, writer_of
 from tests.unit.checkpoint.states import scalars
@@ -41,7 +43,9 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_full_disk_under_the_server_costs_a_save_and_no_more(small_yard: Yard, tmp_path: Path) -> None:
-    store: Store = small_yard.new_store()
+    place = small_yard.new_store()
+    # A disk that is full stays so, however often it is asked.
+    store = Store(place.bucket, place.prefix, client=new_client(replace(PATIENT, attempts=2), small_yard.settings))
     known = KnownState(rank=0, world_size=1, table_bytes=SMALL_TABLE)
     writer = writer_of(store, new_group(store), known.tensors, module=known.module, retry_s=0.1)
     known.fill(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from orchestrator.errors import AlreadyExists
 from orchestrator.store import Store
 from orchestrator.store.s3 import PART_BYTES
 from tests.faults.conftest import HASTY, STEADY, behind
-from tests.faults.proxy import Fault, FaultProxy, Kind
+from tests.faults.proxy import Fault, FaultProxy, Kind, Request
 
 SMALL = random.Random(1).randbytes(10_000)
 LARGE = random.Random(2).randbytes(PART_BYTES + 1000)
@@ -61,12 +62,20 @@ def test_a_lost_answer_is_a_success(store: Store, proxy: FaultProxy) -> None:
 
 
 def test_a_request_that_comes_after_its_retry_changes_nothing(store: Store, proxy: FaultProxy) -> None:
-    through = behind(proxy, store, replace(HASTY, attempts=6))
-    proxy.add(Fault(kind=Kind.DELAY, method="PUT", wait_s=2.0))
+    through = behind(proxy, store, replace(HASTY, attempts=12))
+    retried = threading.Event()
+
+    def hold(_: Request) -> None:
+        retried.wait(60)
+
+    proxy.when_met = hold
+    proxy.add(Fault(kind=Kind.DELAY, method="PUT"))
     through.upload_stream("new", [SMALL], once=True)
     (before,) = store.list("new")
     late = proxy.requests[0]
-    while late.status is None:  # the proxy sends it on when its delay is over
+    assert late.status is None
+    retried.set()
+    while late.status is None:  # the proxy sends it on now
         store.exists("new")
     assert late.status == 412
     assert list(store.list("new")) == [before]

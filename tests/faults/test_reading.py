@@ -69,7 +69,9 @@ def batches(store: Store, cache: Path) -> list[bytes]:
 def test_the_same_batches_come_through(store: Store, proxy: FaultProxy, tmp_path: Path, fault: Fault) -> None:
     expected = batches(store, tmp_path / "direct")
     proxy.add(fault)
-    assert batches(behind(proxy, store, HASTY), tmp_path / "through") == expected
+    # A busy machine's slow answers cost tries as well.
+    patience = replace(HASTY, attempts=12) if fault.wait_s else STEADY
+    assert batches(behind(proxy, store, patience), tmp_path / "through") == expected
     assert sum(request.fault is not None for request in proxy.requests) == fault.times
 
 
@@ -86,12 +88,13 @@ def test_the_same_batches_come_through_many_faults(store: Store, proxy: FaultPro
 @pytest.mark.usefixtures("dataset")
 def test_random_faults_never_give_wrong_batches(store: Store, proxy: FaultProxy, tmp_path: Path) -> None:
     expected = batches(store, tmp_path / "direct")
+    patience = replace(STEADY, read_timeout_s=2.0)  # less than a stall
     rng, ended = Random(1), 0
     for number in range(20):
         proxy.clear()
         proxy.add(*(random_fault(rng) for _ in range(4)))
         try:
-            assert batches(behind(proxy, store, HASTY), tmp_path / f"{number}") == expected
+            assert batches(behind(proxy, store, patience), tmp_path / f"{number}") == expected
         except (IntegrityError, StoreError):  # an error that says so is right as well
             ended += 1
     assert ended < 10

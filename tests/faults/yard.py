@@ -26,6 +26,7 @@ class Yard:
         self._restart: threading.Thread | None = None
         self._server = self._start()
         seaweedfs.create_bucket(self._server, BUCKET)
+        seaweedfs.wait_until_it_stores(self._server, BUCKET, self.settings)
         self._root = Store(BUCKET, client=new_client(PATIENT, self.settings))
 
     @property
@@ -57,7 +58,8 @@ class Yard:
         """Wait until it has been started again, if it was killed."""
         if self._restart is not None:
             self._restart.join()
-            seaweedfs.wait_for_s3(self._server)
+            self._restart = None
+            seaweedfs.wait_until_it_stores(self._server, BUCKET, self.settings)
 
     def close(self) -> None:
         self.await_server()

@@ -40,6 +40,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             patch.setenv("AWS_ACCESS_KEY_ID", keys.access_key)
             patch.setenv("AWS_SECRET_ACCESS_KEY", keys.secret_key)
             patch.setenv("AWS_REGION", "us-east-1")
+            seaweedfs.wait_until_it_stores(server, BUCKET, os.environ)
             yield server
     finally:
         seaweedfs.stop_s3(server)

@@ -105,7 +105,7 @@ class Load:
 
 def serving(url: str) -> int | None:
     """The version that answers there."""
-    number: int | None = httpx.get(f"{url}/healthz").json()["serving"]
+    number: int | None = httpx.get(f"{url}/healthz", timeout=60).json()["serving"]
     return number
 
 
@@ -123,7 +123,7 @@ def replica_pids(application: str) -> list[int]:
     return sorted(found)
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -44,7 +44,7 @@ def ranks(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
     build_cpu_op()
     with pytest.MonkeyPatch.context() as patch:  # the ranks inherit it
         patch.setenv("HEADWAY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        held = {size: Ranks(size, first_port=24800 + 100 * size, answer_timeout_s=90.0) for size in (1, 2)}
+        held = {size: Ranks(size, first_port=24800 + 100 * size, answer_timeout_s=300.0) for size in (1, 2)}
         yield held
         for group in held.values():
             group.close()

@@ -28,6 +28,7 @@ RUN, POD, JOB = "demo-1a2b3c4d", "demo-head", "demo-1a2b3c4d-00001"
 SESSION = "session_2026-01-01_00-00-00_000000_1"
 DRIVER = f"job-driver-{JOB}.log"
 DEADLINE_S = 120.0
+MOST_AHEAD_BYTES = 8 * 2**20
 
 SHIP = """
 import sys
@@ -69,7 +70,7 @@ def program(code: str, *arguments: str, environ: dict[str, str] | None = None) -
 
 @contextmanager
 def shipper(
-    store: Store, root: Path, *, timeout_s: float = 20.0, environ: dict[str, str] | None = None
+    store: Store, root: Path, *, timeout_s: float = DEADLINE_S, environ: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     process = program(SHIP, RUN, str(root), POD, str(timeout_s), store.uri, environ=environ)
     try:
@@ -116,18 +117,25 @@ def num_chunks(store: Store) -> int:
 
 
 class Writer(threading.Thread):
-    """Writes lines into log files, as fast as a busy program, until it is told to stop."""
+    """Writes lines into log files, as fast as a busy program, until it is told to stop. It waits where more than
+    :data:`MOST_AHEAD_BYTES` are not stored yet, so that the rest does not grow with the time that a shipper takes."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, store: Store) -> None:
         super().__init__(daemon=True)
+        self.store = store
         self.paths = [logs / DRIVER, logs / "worker-1.out", logs / "serve" / "replica.log"]
         self.done = threading.Event()
 
     def run(self) -> None:
+        num_bytes, most_bytes = 0, MOST_AHEAD_BYTES
         while not self.done.wait(0.01):
+            if num_bytes > most_bytes:
+                most_bytes = MOST_AHEAD_BYTES + sum(file.size_bytes for file in list_files(self.store, RUN))
+                continue
             for path in self.paths:
+                line = secrets.token_hex(random.randrange(1, 16_000)).encode() + b" \xe2\x82\xac\n"
                 with path.open("ab") as file:
-                    file.write(secrets.token_hex(random.randrange(1, 16_000)).encode() + b" \xe2\x82\xac\n")
+                    num_bytes += file.write(line)
 
     def stop(self) -> None:
         self.done.set()
@@ -143,7 +151,7 @@ def test_growing_logs_arrive_live_and_whole_once_the_pod_ends(store: Store, tmp_
         seen: list[str] = []
         until(lambda: bool(seen.extend(follower.poll()) or seen), "the first line")
         assert "".join(seen) == "first line\n"
-        writer = Writer(logs)
+        writer = Writer(logs, store)
         writer.start()
         until(lambda: num_chunks(store) > 12, "a dozen chunks")
         writer.stop()
@@ -158,7 +166,7 @@ def test_growing_logs_arrive_live_and_whole_once_the_pod_ends(store: Store, tmp_
 
 def test_a_shipper_that_is_killed_again_and_again_loses_and_repeats_nothing(store: Store, tmp_path: Path) -> None:
     logs = logs_of(tmp_path)
-    writer = Writer(logs)
+    writer = Writer(logs, store)
     writer.start()
     for killed in (True, True, True, True, False):
         before = num_chunks(store)

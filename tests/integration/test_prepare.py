@@ -226,13 +226,13 @@ def begin_or_fail(job: PartJob, store: Store) -> PartJob:
 
 def wait_for_parts(store: Store, prefix: str, count: int, process: subprocess.Popen[bytes]) -> int:
     """How many parts are finished, once there are ``count`` of them."""
-    for _ in range(600):
+    for _ in range(3000):
         found = len(list(store.list(f"{prefix}parts/")))
         if found >= count:
             return found
         with contextlib.suppress(subprocess.TimeoutExpired):
             raise AssertionError(f"preparing ended with {process.wait(0.1)}")
-    raise AssertionError("no parts in a minute")
+    raise AssertionError("no parts in five minutes")
 
 
 def one_by_one(store: Store) -> Any:

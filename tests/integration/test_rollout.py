@@ -6,8 +6,10 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -78,21 +80,29 @@ class World:
         return len(found) == replicas and set(found) == {(version, None, None)}
 
 
-@pytest.fixture(scope="module")
-def world(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+@contextmanager
+def deployed(port: int, model: str, directory: Path, **changes: Any) -> Iterator[World]:
+    """An application of two replicas, which answer with the first version."""
     from ray import serve
 
     from workloads.serve.app import build
 
-    store = open_store(f"s3://{BUCKET}/rollout")
-    url = f"http://127.0.0.1:{serve_port}/rollout"
-    world = World(store=store, model=MODEL, url=url, directory=tmp_path_factory.mktemp("models"))
-    promote(store, MODEL, world.release())
-    arguments = {"poll_s": POLL_S, "num_replicas": 2, "canary": CANARY, "max_warm_up_s": 2.0}
-    serve.run(build({"model": MODEL, "store": store.uri, **arguments}), name=MODEL, route_prefix="/rollout")
-    wait_for(lambda: world.serves(1))
-    yield world
-    serve.delete(MODEL)
+    store = open_store(f"s3://{BUCKET}/{model}")
+    world = World(store=store, model=model, url=f"http://127.0.0.1:{port}/{model}", directory=directory)
+    promote(store, model, world.release())
+    arguments = {"poll_s": POLL_S, "num_replicas": 2, "canary": CANARY, **changes}
+    serve.run(build({"model": model, "store": store.uri, **arguments}), name=model, route_prefix=f"/{model}")
+    try:
+        wait_for(lambda: world.serves(1))
+        yield world
+    finally:
+        serve.delete(model)
+
+
+@pytest.fixture(scope="module")
+def world(serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with deployed(serve_port, MODEL, tmp_path_factory.mktemp("models")) as world:
+        yield world
 
 
 def test_a_key_is_asked_for(world: World) -> None:
@@ -100,7 +110,7 @@ def test_a_key_is_asked_for(world: World) -> None:
     for headers in ({}, {"authorization": "Bearer another"}):
         for path in ("completions", "chat/completions", "classify", "models"):
             method = "GET" if path == "models" else "POST"
-            response = httpx.request(method, f"{world.url}/v1/{path}", json=body, headers=headers)
+            response = httpx.request(method, f"{world.url}/v1/{path}", json=body, headers=headers, timeout=60)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
     with (
@@ -111,7 +121,7 @@ def test_a_key_is_asked_for(world: World) -> None:
     with openai.OpenAI(base_url=f"{world.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
         assert [model.id for model in client.models.list().data] == [MODEL]
         assert client.completions.create(**body).choices[0].text
-    assert httpx.get(f"{world.url}/healthz").json()["serving"] == 1
+    assert httpx.get(f"{world.url}/healthz", timeout=60).json()["serving"] == 1
 
 
 def test_a_promotion_and_a_rollback_swap_without_a_failed_request(world: World) -> None:
@@ -129,9 +139,8 @@ def test_a_promotion_and_a_rollback_swap_without_a_failed_request(world: World) 
 def test_a_canary_gets_its_share_and_takes_over(world: World) -> None:
     good = world.release()
     with world.load() as load:
-        entry = promote(world.store, MODEL, 1, canary=Canary(version=good, weight=0.4))
-        wait_for(lambda: any(each.canary == good for each in world.status().replicas))
         num_before = len(load.versions)
+        entry = promote(world.store, MODEL, 1, canary=Canary(version=good, weight=0.4))
         wait_for(lambda: world.status().promoted.get(entry) == good)
         seen = load.versions[num_before:]
         wait_for(lambda: world.serves(good))
@@ -170,22 +179,23 @@ def test_a_canary_that_answers_nan_is_rejected_and_no_client_sees_it(world: Worl
 
 
 @pytest.mark.full
-def test_a_version_that_is_far_too_slow_is_rejected(world: World) -> None:
-    serving = world.status().serving
-    assert serving is not None
-    slow = world.release(num_layers=600)
-    with world.load() as load:
-        promote(world.store, MODEL, slow)
-        wait_for(lambda: slow in world.status().rejected)
-        assert "took more than 2 s" in world.status().rejected[slow]
-        wait_for(lambda: world.serves(serving))
-    assert load.failures == []
-    assert set(load.versions) == {f"{MODEL}@{serving}"}
+def test_a_version_that_is_far_too_slow_is_rejected(serve_port: int, tmp_path: Path) -> None:
+    """It has six hundred times the layers of the version that answers: on any machine the limit lies between them."""
+    with deployed(serve_port, "slow-lm", tmp_path, max_warm_up_s=4.0) as world:
+        slow = world.release(num_layers=1200)
+        with world.load() as load:
+            promote(world.store, world.model, slow)
+            wait_for(lambda: slow in world.status().rejected)
+            assert "took more than 4 s" in world.status().rejected[slow]
+            wait_for(lambda: world.serves(1))
+            load.answer_more(10)
+        assert load.failures == []
+        assert set(load.versions) == {f"{world.model}@1"}
 
 
 def metrics(world: World) -> dict[tuple[str, str, str], float]:
     """Of whichever replica answers, by name, version and outcome."""
-    text = httpx.get(f"{world.url}/metrics").raise_for_status().text
+    text = httpx.get(f"{world.url}/metrics", timeout=60).raise_for_status().text
     found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {(each.name, each.labels.get("version", ""), each.labels.get("outcome", "")): each.value for each in found}
 
@@ -238,7 +248,7 @@ def test_where_both_versions_do_not_fit_replicas_reload_by_turns(
         promote(store, world.model, 2)
         wait_for(lambda: world.status().problem is not None)
         assert f"{world.model}@2 does not fit beside the version that answers" in (world.status().problem or "")
-        assert world.serves(1, replicas=1)
+        assert [each.serving for each in world.status().replicas] == [1]  # it may be trying again meanwhile
         run(2)
         wait_for(lambda: world.serves(2))
         with world.load() as load:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
 import torch
 import transformers
+from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.release import channels
 from orchestrator.store import Store, layout, open_store
@@ -123,7 +127,7 @@ def test_streamed_pieces_join_to_the_whole(served: Served, prompt: str) -> None:
 
 def test_a_stream_is_server_sent_events_that_end_in_done(served: Served) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3, "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as response:
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["x-headway-version"] == f"{MODEL}@1"
         lines = [line for line in response.iter_lines() if line]
@@ -195,7 +199,7 @@ def test_refusals_are_in_openais_format(
     served: Served, change: dict[str, Any], status: int, message: str, stream: bool
 ) -> None:
     body = {"model": MODEL, "prompt": PROMPT, "stream": stream, **change}
-    response = httpx.post(f"{served.url}/v1/completions", json=body)
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
     assert response.status_code == status
     error = response.json()["error"]
     assert message in error["message"]
@@ -213,29 +217,34 @@ def test_the_client_raises_its_own_errors(served: Served) -> None:
 
 def test_hostile_bodies_and_paths(served: Served) -> None:
     def post(body: bytes) -> httpx.Response:
-        return httpx.post(f"{served.url}/v1/completions", content=body)
+        return httpx.post(f"{served.url}/v1/completions", content=body, timeout=60)
 
     assert post(b"x" * (10 * 2**20)).status_code == 413
     for body in (b"", b"\xff\xfe", b"[" * 100_000, b'{"model":', b"[]", b'{"model":"code-lm","prompt":"\\ud800"}'):
         response = post(body)
         assert response.status_code == 400
         assert response.json()["error"]["type"] == "invalid_request_error"
-    assert httpx.get(f"{served.url}/v1/nothing").json()["error"]["code"] == "unknown_url"
-    assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+    assert httpx.get(f"{served.url}/v1/nothing", timeout=60).json()["error"]["code"] == "unknown_url"
+    assert httpx.get(f"{served.url}/v1/completions", timeout=60).status_code == 405
     assert serving(served.url) == 1
 
 
 def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
     body = {"model": MODEL, "prompt": ["x"] * 60, "max_tokens": 120, "temperature": 0}
-    url = f"{served.url}/v1/completions"
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url, json=body, timeout=0.3)
-    wait_for(lambda: in_flight(served) == 0, timeout_s=5)
-    with httpx.stream("POST", url, json={**body, "stream": True}) as response:
+    num_tokens = counted(served, "headway_generated_tokens_total")
+    num_cancelled = counted(served, "headway_requests_total", outcome="cancelled")
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    wait_for(lambda: in_flight(served) == 60)
+    connection.close()
+    wait_for(lambda: in_flight(served) == 0)
+    with httpx.stream("POST", f"{served.url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
         lines = response.iter_lines()  # kept: httpx closes the response with its iterator
         next(lines)
         assert in_flight(served) == 60
-    wait_for(lambda: in_flight(served) == 0, timeout_s=5)
+    wait_for(lambda: counted(served, "headway_requests_total", outcome="cancelled") == num_cancelled + 2)
+    assert in_flight(served) == 0
+    assert counted(served, "headway_generated_tokens_total") - num_tokens < 60 * 120  # of twice as many
 
 
 def test_more_than_may_wait_is_429(served: Served) -> None:
@@ -249,8 +258,15 @@ def test_more_than_may_wait_is_429(served: Served) -> None:
 
 
 def in_flight(served: Served) -> int:
-    num: int = httpx.get(f"{served.url}/healthz").json()["num_sequences"]
+    num: int = httpx.get(f"{served.url}/healthz", timeout=60).json()["num_sequences"]
     return num
+
+
+def counted(served: Served, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    text = httpx.get(f"{served.url}/metrics", timeout=60).raise_for_status().text
+    found = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(each.value for each in found if each.name == name and labels.items() <= each.labels.items())
 
 
 @pytest.mark.full

@@ -204,13 +204,14 @@ def test_chat_is_refused_in_openais_format(chat: Served) -> None:
     wizard: Any = [{"role": "wizard", "content": "x"}]
     with pytest.raises(openai.BadRequestError, match=r"messages\.0\.role"):
         chat.client.chat.completions.create(model=CHAT, messages=wizard)
-    response = httpx.post(f"{chat.url}/v1/classify", json={"input": "x"})
+    response = httpx.post(f"{chat.url}/v1/classify", json={"input": "x"}, timeout=60)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported")
 
 
 def test_classes_are_what_transformers_pipeline_says(classes: Served) -> None:
     pipeline = transformers.pipeline("text-classification", model=str(classes.directory), top_k=None, device="cpu")
-    response = httpx.post(f"{classes.url}/v1/classify", json={"model": CLASSES_OF_TEXT, "input": TEXTS * 10})
+    body = {"model": CLASSES_OF_TEXT, "input": TEXTS * 10}
+    response = httpx.post(f"{classes.url}/v1/classify", json=body, timeout=60)
     document = response.json()
     assert response.headers["x-headway-version"] == f"{CLASSES_OF_TEXT}@1"
     assert document["object"] == "list"
@@ -241,7 +242,7 @@ def test_an_adapter_is_served_with_its_base(adapted: Served) -> None:
     ],
 )
 def test_classification_is_refused_in_openais_format(classes: Served, change: dict[str, Any], status: int) -> None:
-    response = httpx.post(f"{classes.url}/v1/classify", json={"input": "x", **change})
+    response = httpx.post(f"{classes.url}/v1/classify", json={"input": "x", **change}, timeout=60)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 

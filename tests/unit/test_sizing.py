@@ -112,11 +112,13 @@ def test_a_classifier_has_no_logits_over_the_vocabulary(tmp_path: Path) -> None:
 
 def test_the_second_count_comes_from_the_cache_at_once(counted: tuple[Path, ModelSize]) -> None:
     cache, size = counted
-    start_s = time.perf_counter()
-    found = _count(LLAMA, cache, python=NO_PYTHON)
-    elapsed_s = time.perf_counter() - start_s
-    assert found.size == size
-    assert elapsed_s <= 0.05
+    took_s = []
+    for _ in range(20):  # the quickest counts: another program may have had the CPU meanwhile
+        start_s = time.perf_counter()
+        found = _count(LLAMA, cache, python=NO_PYTHON)
+        took_s.append(time.perf_counter() - start_s)
+        assert found.size == size
+    assert min(took_s) <= 0.05
 
 
 @pytest.mark.parametrize("fields", [{"vocab_size": 301}, {"auto_class": "AutoModelForMaskedLM"}])

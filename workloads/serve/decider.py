@@ -1,12 +1,15 @@
 """Collects what the replicas report, judges the canary, gives out turns, and writes the channel's status.
 
 There is one of each application. It may be restarted at any moment: what it has decided is in the status, and what
-it has to know the replicas report again.
+it has to know the replicas report again. While a service moves from one cluster to another there are two, which write
+the same status: each takes in what the other has decided before it writes, and every few seconds. Of two writes at
+the same moment one is lost, until its decider looks the next time.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -27,6 +30,8 @@ logger = logging.getLogger("headway.serve")
 
 _COUNTS_EVERY_S = 10.0
 """Between two writes of the status in which only a canary's counts differ."""
+_LOOK_EVERY_S = 10.0
+"""Between two looks at the status, for what another decider has written."""
 
 
 @dataclass(kw_only=True)
@@ -39,19 +44,25 @@ class Decider:
     policy: CanaryPolicy
     expire_s: float
     """A replica that has not reported for so long is gone."""
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+    """Of the times in the status. It may jump, which makes no replica look gone and no canary older."""
     tell: Callable[[int, str], None] = lambda number, reason: None
     """Takes each version that the written status rejects, with the reason; again after a restart. Returns at once."""
 
     _status: ChannelStatus | None = field(default=None, init=False)
     _written: ChannelStatus | None = field(default=None, init=False)
+    """What lies in the store, as far as is known."""
+    _written_s: float = field(default=-math.inf, init=False)
+    """When this process wrote last."""
+    _looked_s: float = field(default=-math.inf, init=False)
     _reports: dict[str, tuple[float, ReplicaReport]] = field(default_factory=dict, init=False)
     _holder: str | None = field(default=None, init=False)
     """The replica whose turn it is."""
-    _answering: set[int] = field(default_factory=set, init=False)
-    """Versions that a replica has served: where another cannot load them, it is not for the version's sake."""
     _begun_s: float = field(default=0.0, init=False)
     """When this process first heard of a replica."""
+    _watched_since_s: float | None = field(default=None, init=False)
+    """When the canary began; None until this process has heard of it."""
     _told: set[int] = field(default_factory=set, init=False)
     """Rejected versions that were told."""
     _has_judged: bool = field(default=False, init=False)
@@ -70,8 +81,9 @@ class Decider:
                 name: (time_s, each) for name, (time_s, each) in self._reports.items() if now_s - time_s < self.expire_s
             }
             try:
-                self._read(now_s)
-                self._take_in(report, None if before is None else before[1])
+                if self._status is None:
+                    self._look(now_s)
+                self._take_in(report, None if before is None else before[1], now_s)
                 self._judge(now_s)
                 self._describe()
                 self._write(now_s)
@@ -84,35 +96,42 @@ class Decider:
     def _replicas(self) -> list[ReplicaReport]:
         return [report for _, (_, report) in sorted(self._reports.items())]
 
-    def _read(self, now_s: float) -> None:
-        """Once: what was decided before this process began stays decided."""
-        if self._status is not None:
-            return
+    def _look(self, now_s: float) -> None:
+        """Take in the status in the store: what was decided before this process began, or by another decider."""
         try:
             found = channels.read_status(self.store, self.model, self.channel)
         except IntegrityError as e:
             logger.warning("The status is written anew: %s", e)
             found = None
-        self._status, self._written, self._begun_s = found or ChannelStatus(), found, now_s
-        for each in self._status.replicas:
-            self._answering.update(_answers(each))
+        if self._status is None:
+            self._begun_s = now_s
+        found_or_empty = found or ChannelStatus()
+        self._status = (self._status or found_or_empty).with_verdicts_of(found_or_empty)
+        self._written, self._looked_s = found, now_s
 
     def _update(self, **changes: object) -> None:
         assert self._status is not None
         self._status = self._status.model_copy(update=changes)
 
-    def _take_in(self, report: ReplicaReport, before: ReplicaReport | None) -> None:
-        """What a load came to: a version that does not load on one replica is for none, unless it has answered on
-        some. Then it is the replica's problem, which its report names."""
+    def _take_in(self, report: ReplicaReport, before: ReplicaReport | None, now_s: float) -> None:
+        """What a load came to: a version that does not load on one replica is for none, unless it has ever answered
+        on some. Then it is the replica's problem, which its report names."""
         assert self._status is not None
-        self._answering.update(_answers(report))
-        known = self._status.rejected.keys() | self._answering
-        new = {number: reason for number, reason in report.failures.items() if number not in known}
+        answers = {number for number in (report.serving, report.canary) if number is not None}
+        self._update(answered=tuple(sorted({*self._status.answered, *answers})))
+        if report.tried is not None and (before is None or report.tried != before.tried):
+            self._update(tried=report.tried)
+        if self._unknown_failures(report):
+            self._look(now_s)  # another decider may know that it answers
+        new = self._unknown_failures(report)
         if new:
             logger.error("Rejected by %s: %s", report.replica, new)
             self._update(rejected={**self._status.rejected, **new})
-        if report.tried is not None and (before is None or report.tried != before.tried):
-            self._update(tried=report.tried)
+
+    def _unknown_failures(self, report: ReplicaReport) -> dict[int, str]:
+        assert self._status is not None
+        known = {*self._status.rejected, *self._status.answered}
+        return {number: reason for number, reason in report.failures.items() if number not in known}
 
     def _judge(self, now_s: float) -> None:
         assert self._status is not None
@@ -129,12 +148,18 @@ class Decider:
         version = trials[0].version
         if entry in self._status.promoted or version in self._status.rejected:
             return  # the replicas have yet to hear of it
-        is_new = known is None or (known.entry, known.version) != (entry, version)
-        self._apply(_watched(trials, since_s=now_s if known is None or is_new else known.since_s), now_s)
+        wall_s = self.wall_clock()
+        if known is None or (known.entry, known.version) != (entry, version):
+            since_s, self._watched_since_s = wall_s, now_s
+        else:
+            since_s = known.since_s
+            if self._watched_since_s is None:  # it began before this process, so only the wall clock knows its age
+                self._watched_since_s = now_s - max(0.0, wall_s - since_s)
+        self._apply(_watched(trials, since_s=since_s), age_s=now_s - self._watched_since_s)
 
-    def _apply(self, canary: CanaryStatus, now_s: float) -> None:
+    def _apply(self, canary: CanaryStatus, *, age_s: float) -> None:
         assert self._status is not None
-        seen = Seen(age_s=now_s - canary.since_s, stable=canary.stable, canary=canary.canary)
+        seen = Seen(age_s=age_s, stable=canary.stable, canary=canary.canary)
         verdict = decide(seen, policy=self.policy)
         if isinstance(verdict, Promote):
             logger.info("%s@%d has passed: %s", self.model, canary.version, verdict.reason)
@@ -165,17 +190,25 @@ class Decider:
 
     def _write(self, now_s: float) -> None:
         """Only when it says something else than before; counts alone not each time."""
+        if now_s - self._looked_s >= _LOOK_EVERY_S:
+            self._look(now_s)
+        if not self._has_news(now_s):
+            return
+        self._look(now_s)
         assert self._status is not None
-        written = self._written
-        if written is not None:
-            if _without_time(self._status) == _without_time(written):
-                return
-            is_young = now_s - written.updated_s < _COUNTS_EVERY_S
-            if is_young and _without_counts(self._status) == _without_counts(written):
-                return
-        stamped = self._status.model_copy(update={"updated_s": now_s})
+        stamped = self._status.model_copy(update={"updated_s": self.wall_clock()})
         channels.write_status(self.store, self.model, self.channel, stamped)
         self._status = self._written = stamped
+        self._written_s = now_s
+
+    def _has_news(self, now_s: float) -> bool:
+        assert self._status is not None
+        written = self._written
+        if written is None:
+            return True
+        if now_s - self._written_s < _COUNTS_EVERY_S:
+            return _without_counts(self._status) != _without_counts(written)
+        return _without_time(self._status) != _without_time(written)
 
     def _tell(self) -> None:
         assert self._status is not None
@@ -217,10 +250,6 @@ def _agreed(serving: Sequence[int], before: int | None) -> int | None:
     if before in serving:
         return before
     return Counter(serving).most_common(1)[0][0] if serving else None
-
-
-def _answers(replica: ReplicaReport | ReplicaStatus) -> set[int]:
-    return {number for number in (replica.serving, replica.canary) if number is not None}
 
 
 def _without_time(status: ChannelStatus) -> ChannelStatus:

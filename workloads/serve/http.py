@@ -21,6 +21,8 @@ logger = logging.getLogger("headway.serve")
 
 VERSION_HEADER = "x-headway-version"
 RETRY_AFTER_S = 1
+BODY_TIMEOUT_S = 30.0
+"""For the whole body of a request. Until it is there, the request holds one of the replica's places."""
 
 
 def error_response(error: ApiError) -> Response:
@@ -32,17 +34,21 @@ def timed_out() -> ApiError:
     return ApiError(504, "The request took longer than this server allows.", kind="server_error", code="timeout")
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, read no further than it may be long.
+async def read_body(request: Request, *, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+    """The body, read no further than it may be long, and waited for no longer than ``timeout_s``.
 
     Raises:
-        ApiError: 413.
+        ApiError: 408, 413.
     """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > openai_api.MAX_BODY_BYTES:
-            raise ApiError(413, f"The body of the request is above {openai_api.MAX_BODY_BYTES} bytes.")
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > openai_api.MAX_BODY_BYTES:
+                    raise ApiError(413, f"The body of the request is above {openai_api.MAX_BODY_BYTES} bytes.")
+    except TimeoutError as e:
+        raise ApiError(408, f"The body of the request took longer than {timeout_s:g} s.", code="timeout") from e
     return bytes(body)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import multiprocessing
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,8 @@ def test_all_pieces_come_once_from_the_store(fetcher: Fetcher, server: Server) -
         assert b"".join(future.result(10).tobytes() for future in futures) == DATA
     # Of eight pieces four are the same bytes as four others, and are fetched by whoever comes first.
     counts = fetcher.counts()
-    assert server.num_asked - counts.get("hedged", 0) == 4  # on a busy machine one may have had a rival
+    # On a busy machine one may have had a rival, which may not have come to the store yet.
+    assert 4 <= server.num_asked <= 4 + counts.get("hedged", 0)
     assert counts["fetched_pieces"] == 4
     assert counts["fetched_bytes"] == 4 * SIZE
     assert counts["cached_pieces"] == 12
@@ -159,15 +161,16 @@ def test_a_disk_that_takes_nothing_more_ends_nothing(fetcher: Fetcher, cache: Pi
 
 
 def test_a_program_that_ends_does_not_fetch_what_is_queued(tmp_path: Path) -> None:
-    """Four hundred pieces at a fifth of a second each, four at a time, would take twenty seconds."""
-    began_s = time.monotonic()
-    subprocess.run([sys.executable, "-c", f"from {__name__} import leave; leave({str(tmp_path)!r})"], check=True)
-    assert time.monotonic() - began_s < 15
+    """All of them would be 1,200 requests: what comes is not what was asked for, and is asked for twice more."""
+    program = f"from {__name__} import leave; leave({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
+    assert int(done.stdout) < 200
 
 
 def leave(folder: str) -> None:
-    """Queue much, and come to the end of the program."""
+    """Queue much, and come to the end of the program, which says how often the store was asked."""
     server = Server()
+    atexit.register(lambda: print(server.num_asked))  # called when all threads have ended
     server.answers = [lambda data: threading.Event().wait(0.2) or data] * 400
     fetcher = Fetcher(server, PieceCache(Path(folder)), num_threads=4)
     for number in range(400):
@@ -194,24 +197,25 @@ def test_the_limit_holds_and_what_was_used_last_stays(tmp_path: Path) -> None:
 
 def test_processes_of_a_node_fetch_a_piece_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    asked, start = context.Value("i", 0), context.Barrier(3)
-    children = [context.Process(target=_fetch_all, args=(tmp_path, asked, start)) for _ in range(3)]
+    asked, hedged, start = context.Value("i", 0), context.Value("i", 0), context.Barrier(3)
+    children = [context.Process(target=_fetch_all, args=(tmp_path, asked, hedged, start)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
         child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
-    assert asked.value == 4
+    assert 4 <= asked.value <= 4 + hedged.value
 
 
-def _fetch_all(folder: Path, asked: object, start: threading.Barrier) -> None:
+def _fetch_all(folder: Path, asked: Any, hedged: Any, start: threading.Barrier) -> None:
     server = Server()
     fetcher = Fetcher(server, PieceCache(folder), num_threads=2)
     start.wait(30)
     for number in range(4):
         assert fetcher.submit(piece(number)).result(10).tobytes() == DATA[number * SIZE : (number + 1) * SIZE]
-    with asked.get_lock():  # type: ignore[attr-defined]
-        asked.value += server.num_asked - fetcher.counts().get("hedged", 0)  # type: ignore[attr-defined]
+    with asked.get_lock(), hedged.get_lock():
+        hedged.value += fetcher.counts().get("hedged", 0)
+        asked.value += server.num_asked
     fetcher.close()
 
 

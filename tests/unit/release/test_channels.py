@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from orchestrator.errors import IntegrityError, UsageError
 from orchestrator.release import channels
-from orchestrator.release.channels import Canary, ChannelStatus
+from orchestrator.release.channels import Canary, CanaryStatus, ChannelStatus
 from orchestrator.store import layout
 from tests.unit.fakes import MemoryStore
 
@@ -59,6 +60,52 @@ def test_a_status_is_no_entry(store: MemoryStore) -> None:
     channels.write_status(store, "lm", "production", status)
     assert channels.read_status(store, "lm", "production") == status
     assert channels.entry_numbers(store, "lm", "production") == []
+
+
+def test_verdicts_of_two_statuses_are_joined() -> None:
+    own = ChannelStatus(serving=1, rejected={3: "NaN"}, promoted={1: 1}, problem="down", updated_s=5.0)
+    other = ChannelStatus(serving=2, rejected={3: "slow", 4: "odd"}, promoted={2: 6}, answered=(1, 9), updated_s=6.0)
+    joined = own.with_verdicts_of(other)
+    assert joined == ChannelStatus(
+        serving=1,
+        rejected={3: "slow", 4: "odd"},
+        promoted={1: 1, 2: 6},
+        answered=(1, 2, 6, 9),
+        problem="down",
+        updated_s=5.0,
+    )
+    assert joined.with_verdicts_of(other) == joined
+    again = other.with_verdicts_of(own).with_verdicts_of(joined)
+    assert (again.rejected, again.promoted, again.answered) == (joined.rejected, joined.promoted, joined.answered)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "joined"),
+    [
+        (None, (1, "passed"), (1, "passed")),
+        ((1, "watched"), (1, "rejected"), (1, "rejected")),
+        ((1, "passed"), (1, "rejected"), (1, "passed")),
+        ((2, "watched"), (1, "passed"), (2, "watched")),
+        ((1, "passed"), (2, "watched"), (1, "passed")),  # no replica of this one's has it
+        (None, (1, "watched"), None),
+        ((1, "passed"), None, (1, "passed")),
+    ],
+)
+def test_a_canary_that_another_has_judged_is_judged(own: Any, other: Any, joined: Any) -> None:
+    def status(canary: Any) -> ChannelStatus:
+        if canary is None:
+            return ChannelStatus()
+        entry, phase = canary
+        return ChannelStatus(canary=CanaryStatus(entry=entry, version=7, weight=0.1, since_s=1.0, phase=phase))
+
+    assert status(own).with_verdicts_of(status(other)).canary == status(joined).canary
+
+
+def test_a_status_without_what_has_answered_is_read(store: MemoryStore) -> None:
+    before = ChannelStatus(serving=1, rejected={2: "NaN"})
+    document = before.model_dump(mode="json", exclude={"answered"})
+    store.put_status(layout.channel_status("lm", "production"), document)
+    assert channels.read_status(store, "lm", "production") == before
 
 
 @pytest.mark.parametrize("data", [b"x", b"[1]", b"{}", b'{"number": 1, "version": 0}'])

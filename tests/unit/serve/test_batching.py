@@ -263,8 +263,9 @@ def test_an_engine_that_nobody_holds_is_freed_with_its_thread() -> None:
     del engine, model
     gc.collect()
     for thread in started:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
+    gc.collect()  # once more: the thread may have held it until its end
     assert freed() is None
 
 
@@ -283,7 +284,7 @@ def test_an_engine_that_is_dropped_while_it_generates_ends_what_it_does() -> Non
 
     assert asyncio.run(drop()) == expected
     for thread in set(threading.enumerate()) - before:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     gc.collect()
     assert freed() is None

@@ -23,6 +23,8 @@ class World:
     """A decider, and replicas that report to it."""
 
     now_s = 1000.0
+    jumped_s = 0.0
+    """How far the wall clock was set forward."""
 
     def __init__(self, store: MemoryStore) -> None:
         self.store = store
@@ -36,6 +38,7 @@ class World:
             policy=POLICY,
             expire_s=20.0,
             clock=lambda: self.now_s,
+            wall_clock=lambda: self.now_s + self.jumped_s,
         )
 
     def report(self, replica: str, **fields: Any) -> Reply:
@@ -70,6 +73,7 @@ def test_the_status_says_what_the_replicas_do(world: World) -> None:
     assert world.status() == ChannelStatus(
         serving=1,
         tried=1,
+        answered=(1,),
         replicas=(ReplicaStatus(id="a", serving=1, loading=2, problem="down"), ReplicaStatus(id="b", serving=1)),
         problem="down",
         updated_s=1000.0,
@@ -115,6 +119,136 @@ def test_a_version_that_answers_on_one_replica_is_rejected_for_none(world: World
     world.restart()
     world.report("b", failures={3: "odd weights"})
     assert world.status().rejected == {}
+
+
+def test_a_version_that_has_ever_answered_is_rejected_for_no_load(world: World) -> None:
+    world.report("a", serving=5)
+    world.report("a", serving=6, canary=7, trial=trial(entry=3, version=7))
+    world.report("a", serving=6)
+    for failing in (5, 6, 7):
+        world.restart()  # the status names no replica that has it
+        world.report("b", failures={failing: "slow"})
+    world.report("b", failures={8: "slow"})
+    assert world.status().answered == (5, 6, 7)
+    assert world.status().rejected == {8: "slow"}
+
+
+def test_a_version_that_answered_before_the_cluster_restarted_twice_is_not_rejected(world: World) -> None:
+    world.report("a", serving=5)
+    for _ in range(2):
+        world.restart()
+        world.report("c")
+        assert world.status().serving is None
+    world.report("d", failures={5: "a bad disk"})
+    assert world.status().rejected == {}
+
+
+def test_a_status_without_the_versions_that_answered_tells_some_of_them(world: World) -> None:
+    before = ChannelStatus(
+        serving=1,
+        promoted={3: 2},
+        canary=CanaryStatus(entry=4, version=3, weight=0.1, since_s=900.0),
+        replicas=(ReplicaStatus(id="a", serving=4, canary=5),),
+    )
+    document = before.model_dump(mode="json", exclude={"answered"})
+    world.store.put_status(layout.channel_status("lm", "production"), document)
+    world.report("b", failures=dict.fromkeys(range(1, 7), "slow"))
+    assert world.status().answered == (1, 2, 3, 4, 5)
+    assert world.status().rejected == {6: "slow"}
+
+
+def test_two_deciders_lose_none_of_their_verdicts(world: World) -> None:
+    other = World(world.store)  # of the cluster that the service moves to
+    world.report("a", serving=1)
+    other.report("b", serving=1)
+    other.report("b", serving=1, failures={3: "odd weights"})
+    passed(world)  # it has not heard of the other since
+    world.report("a", serving=2, failures={4: "NaN"})
+    other.report("b", serving=1, failures={5: "NaN"})
+    assert world.status().rejected == {3: "odd weights", 4: "NaN", 5: "NaN"}
+    assert world.status().promoted == {1: 2}
+    assert world.status().answered == (1, 2)
+
+
+def test_a_decider_takes_in_anothers_verdict_before_it_writes(world: World) -> None:
+    other = World(world.store)
+    world.report("a", serving=1, canary=2, trial=trial())
+    other.report("b", serving=1, canary=2, trial=trial(failed=3))
+    world.report("a", serving=3)
+    assert world.status().serving == 3
+    assert world.status().rejected.keys() == {2}
+
+
+def test_a_decider_learns_of_anothers_verdict_though_it_has_nothing_to_write(world: World) -> None:
+    told: list[int] = []
+    world.decider.tell = lambda number, reason: told.append(number)
+    other = World(world.store)
+    world.report("a", serving=1, canary=2, trial=trial())
+    other.report("b", serving=1, canary=2, trial=trial(failed=3))
+    other.report("b", serving=4)
+    verdict = other.status().canary
+    world.now_s += 9.0
+    world.report("a", serving=1, canary=2, trial=trial())
+    assert told == []
+    world.now_s += 1.0
+    world.report("a", serving=1, canary=2, trial=trial())
+    assert told == [2]
+    world.report("a", serving=1, failures={4: "a bad disk"})
+    assert world.status().rejected.keys() == {2}
+    assert world.status().canary == verdict
+    assert verdict is not None
+    assert verdict.phase == "rejected"
+
+
+def test_before_a_version_is_rejected_another_decider_may_tell_that_it_answers(world: World) -> None:
+    other = World(world.store)
+    world.report("a", serving=1)
+    other.report("b", serving=2)
+    world.report("a", serving=1, failures={2: "a bad disk"})
+    assert world.status().rejected == {}
+
+
+def test_what_a_decider_that_is_gone_wrote_last_is_written_over(world: World) -> None:
+    other = World(world.store)
+    world.report("a", serving=1)
+    other.report("b", serving=1)
+    assert [each.id for each in world.status().replicas] == ["b"]
+    world.now_s += 10.0
+    world.report("a", serving=1)
+    assert [each.id for each in world.status().replicas] == ["a"]
+
+
+def test_two_deciders_do_not_write_at_each_report(world: World) -> None:
+    other = World(world.store)
+    world.report("a", serving=1)
+    other.report("b", serving=1)
+    world.now_s += 9.0
+    other.now_s += 9.0
+    for _ in range(3):
+        world.report("a", serving=1)
+        other.report("b", serving=1)
+    assert world.status().updated_s == 1000.0
+
+
+def test_a_wall_clock_that_jumps_loses_no_replica_and_no_turn(world: World) -> None:
+    world.report("c", serving=1)
+    assert world.report("a", serving=1, wants_turn=True).has_turn
+    for jumped_s in (3600.0, -3600.0):
+        world.jumped_s = jumped_s
+        assert world.report("b", serving=1, wants_turn=True) == Reply(has_turn=False, num_others=2)
+    assert [each.id for each in world.status().replicas] == ["a", "b", "c"]
+    assert world.status().updated_s == 4600.0  # of when b was new
+
+
+def test_a_wall_clock_that_jumps_makes_no_canary_older(world: World) -> None:
+    world.report("a", serving=1, canary=2, trial=trial(stable=90, canary=10))
+    world.jumped_s = 3600.0
+    world.now_s += 10.0
+    world.report("a", serving=1, canary=2, trial=trial(stable=90, canary=11))
+    canary = world.status().canary
+    assert canary is not None
+    assert (canary.since_s, canary.verdict) == (1000.0, "Watched for 10 of 60 s.")
+    assert world.status().updated_s == 4610.0
 
 
 def test_a_report_that_was_overtaken_is_passed_over(world: World) -> None:

@@ -14,7 +14,7 @@ from workloads.serve import app
 from workloads.serve.chat_api import MAX_MESSAGES, parse_chat
 from workloads.serve.classify_api import classification, parse_classify
 from workloads.serve.completion_api import DEFAULT_MAX_TOKENS
-from workloads.serve.http import VERSION_HEADER
+from workloads.serve.http import BODY_TIMEOUT_S, VERSION_HEADER
 from workloads.serve.openai_api import MAX_BODY_BYTES, MAX_CHOICES, MAX_SEQUENCES, MAX_STOP, ApiError
 
 PAGE = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
@@ -65,6 +65,7 @@ def test_the_endpoints_are_those_that_there_are() -> None:
         f"ask for {MAX_SEQUENCES} sequences",
         f"which is {DEFAULT_MAX_TOKENS} by default",
         f"above {MAX_BODY_BYTES // 2**20} MiB",
+        f"longer than {BODY_TIMEOUT_S:g} s to arrive",
     ],
 )
 def test_the_limits_are_those_of_the_code(limit: str) -> None:
