@@ -16,7 +16,9 @@ NUM_KEPT = 3
 """Of the directories of one kind, such as versions, as many stay as were used last, with the one in use."""
 IN_USE_S = 3600.0
 """A directory that was used within this time stays too: a process may be about to read it."""
-_LEFT, _LOCK = ".partial", ".lock"
+STALE_S = 24 * 3600.0
+"""What is half made and that old is nobody's any more: a download of a large model may take hours."""
+_PARTIAL, _LOCK = ".partial", ".lock"
 
 
 def cache_directory() -> Path:
@@ -44,10 +46,15 @@ def taking(directory: Path) -> Iterator[None]:
 
 def discard(directory: Path) -> None:
     """Take a directory away at once, so that another may take its name, and delete it."""
-    aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}{_LEFT}")
+    aside = partial_of(directory)
     with contextlib.suppress(OSError):
         directory.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def partial_of(directory: Path) -> Path:
+    """A name beside it, and nobody else's, for what is half made or half deleted."""
+    return directory.with_name(f".{directory.name}.{secrets.token_hex(4)}{_PARTIAL}")
 
 
 def _tidy(folder: Path) -> None:
@@ -58,9 +65,9 @@ def _tidy(folder: Path) -> None:
         if number >= NUM_KEPT and now_s - used_s > IN_USE_S:
             discard(folder / name)
     for used_s, name in used:
-        if now_s - used_s <= IN_USE_S:
+        if now_s - used_s <= STALE_S:
             continue
-        if name.startswith(".") and name.endswith(_LEFT):
+        if name.endswith(_PARTIAL):
             shutil.rmtree(folder / name, ignore_errors=True)
         elif name.endswith(_LOCK) and not (folder / name[1:].removesuffix(_LOCK)).exists():
             (folder / name).unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ def download_files(store: Store, prefix: str, files: Mapping[str, VersionFile], 
         check_names(files)
     except ValueError as e:
         raise IntegrityError(f"{store.uri_of(prefix)} lists a file that will not be written: {e}.") from e
-    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+    partial = node_cache.partial_of(directory)
     try:
         partial.mkdir(parents=True)
         with ThreadPoolExecutor(_PARALLEL_FILES, thread_name_prefix="download") as pool:

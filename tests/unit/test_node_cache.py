@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from orchestrator.node_cache import IN_USE_S, NUM_KEPT, discard, taking
+from orchestrator.node_cache import IN_USE_S, NUM_KEPT, STALE_S, discard, taking
 
 
 def take(directory: Path, *, used_ago_s: float = 0.0) -> None:
@@ -44,7 +44,8 @@ def test_what_a_dead_process_left_goes_in_time(tmp_path: Path) -> None:
     for path in (left, fresh):
         path.mkdir()
         (path / "file").write_bytes(b"half")
-    aged(left, 2 * IN_USE_S)
+    aged(left, 2 * STALE_S)
+    aged(fresh, STALE_S / 2)
     take(tmp_path / "v3")
     assert directories(tmp_path) == [fresh.name, "v3"]
 
@@ -52,7 +53,7 @@ def test_what_a_dead_process_left_goes_in_time(tmp_path: Path) -> None:
 def test_locks_go_with_their_directories(tmp_path: Path) -> None:
     for name in ("gone", "stays"):
         take(tmp_path / name)
-        aged(tmp_path / f".{name}.lock", 2 * IN_USE_S)
+        aged(tmp_path / f".{name}.lock", 2 * STALE_S)
     discard(tmp_path / "gone")
     take(tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.lock", ".stays.lock", "other", "stays"]
